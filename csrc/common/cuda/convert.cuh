@@ -1,0 +1,29 @@
+// 16-byte pieces of 16-bit elements as floats.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace sparseattn::cuda {
+
+/// Adds the eight elements of `piece` to `sum`.
+template <class Element>
+__device__ __forceinline__ void add_elements(float (&sum)[8], const uint4& piece) {
+  const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint16_t low = words[i] & 0xffff, high = words[i] >> 16;
+    if constexpr (std::is_same_v<Element, __half>) {
+      sum[2 * i] += __half2float(__ushort_as_half(low));
+      sum[2 * i + 1] += __half2float(__ushort_as_half(high));
+    } else {
+      sum[2 * i] += __bfloat162float(__ushort_as_bfloat16(low));
+      sum[2 * i + 1] += __bfloat162float(__ushort_as_bfloat16(high));
+    }
+  }
+}
+
+}  // namespace sparseattn::cuda

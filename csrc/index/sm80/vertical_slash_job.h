@@ -1,0 +1,61 @@
+// What the kernels of the vertical-slash estimate share: how one launch is cut into CTAs, and where
+// its intermediate results lie.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "sparseattn/estimate.h"
+
+namespace sparseattn::index_sm80 {
+
+/// A stage of keys in shared memory; also the step by which diagonal sums are handed out.
+constexpr int kStepKeys = 32;
+/// A chunk is longer than the 63 diagonals by which it overlaps its neighbour.
+constexpr int kMinChunkKeys = 256;
+constexpr int kMaxChunks = 1024;
+/// Query heads of one key/value head in a CTA, one warp each.
+constexpr int kMaxHeadsPerCta = 4;
+
+/// A unit is one key/value head of one sequence; a row of the intermediates belongs to one of its
+/// query heads: row = (unit - first_unit) * group + head % group. Offsets are counted from the
+/// first query row used, at position `origin`.
+struct VerticalSlashJob {
+  VerticalSlashEstimate in;
+  int32_t first_unit;
+  int32_t units;
+  int32_t query_rows;     // min(last_q, q_len)
+  int32_t origin;         // kv_len - query_rows
+  int32_t heads_per_cta;  // 1, 2 or 4
+  int32_t ctas_per_chunk;
+  int32_t chunk_keys;  // multiple of kStepKeys, at least kMinChunkKeys
+  int32_t chunks;
+  int32_t max_chunks;   // row length of `spill` and `partial`
+  int64_t mass_stride;  // row length of the masses
+  float scale_log2;     // scale times log2(e)
+  float* column_mass;   // [rows, mass_stride] column c at c
+  float* offset_mass;   // [rows, mass_stride] offset o at o
+  float* spill;         // [rows, max_chunks, 64] what a chunk adds to its neighbour's offsets
+  float2* partial;      // [rows, max_chunks, 64] of a chunk and query row: maximum of the scores
+                        //   in base 2, sum of 2^(score - maximum)
+  float* normalizer;    // [rows, 64] log2 of a query row's sum over all keys; +inf: not a row
+
+  __host__ __device__ int64_t rows() const {
+    return static_cast<int64_t>(units) * (in.shape.q_heads / in.shape.kv_heads);
+  }
+};
+
+/// First pass over the keys: fills `partial`. Instantiated in inst/ for head_dim 64, 96, 128.
+template <int kHeadDim>
+Status launch_row_sums(const VerticalSlashJob& job, cudaStream_t stream);
+/// Second pass: fills the masses and `spill`.
+template <int kHeadDim>
+Status launch_masses(const VerticalSlashJob& job, cudaStream_t stream);
+
+/// Between the passes: `partial` to `normalizer`.
+Status launch_normalizers(const VerticalSlashJob& job, cudaStream_t stream);
+/// After them: masses to the lists of columns and offsets of the job's heads.
+Status launch_select_indices(const VerticalSlashJob& job, cudaStream_t stream);
+
+}  // namespace sparseattn::index_sm80

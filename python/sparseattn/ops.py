@@ -1,0 +1,214 @@
+"""The operators: thin Python functions over ``torch.ops.sparseattn.*``.
+
+Shapes: ``q [batch, q_heads, q_len, head_dim]``, ``k, v [batch, kv_heads, kv_len, head_dim]``; query
+head ``h`` reads key/value head ``h // (q_heads // kv_heads)``, nothing is repeated. Any strides with
+the last dimension contiguous are taken as they are (on CUDA, views whose rows do not start on a
+16-byte boundary are copied first). Masks are causal and bottom-right aligned: query row ``i`` is at
+position ``p = i + kv_len - q_len`` and sees keys ``k <= p`` at most.
+
+CUDA takes float16 and bfloat16 with head_dim 64, 96 or 128; the CPU takes float32 and bfloat16 with
+head_dim 16, 32, 64, 96 or 128. Sums are fp32. Everything else raises ``ValueError`` or ``TypeError``
+that names the argument. There is no backward.
+
+Attention returns ``out`` of q's shape and dtype, or ``(out, lse)`` with ``return_lse=True``: the
+natural log of the sum of exp(scaled scores), fp32 ``[batch, q_heads, q_len]``. A row that sees no
+key has output 0 and LSE -inf. ``scale`` defaults to ``1/sqrt(head_dim)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _library  # noqa: F401  (loads the operators)
+from .patterns import PATTERNS, Pattern
+
+_ops = torch.ops.sparseattn
+_ERRORS = {"ValueError: ": ValueError, "TypeError: ": TypeError}
+
+
+def _call(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """Runs an operator; what it refuses becomes the exception that its text names."""
+    if torch.compiler.is_compiling():
+        return op(*args, **kwargs)
+    try:
+        return op(*args, **kwargs)
+    except RuntimeError as error:
+        text = str(error)
+        for marker, kind in _ERRORS.items():
+            _, found, rest = text.partition(marker)
+            if found:
+                raise kind(rest.splitlines()[0]) from None
+        if "Expected a value of type" in text:  # torch's own check of the schema
+            raise TypeError(text.splitlines()[0]) from None
+        raise
+
+
+def _result(pair: tuple[Tensor, Tensor], return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    return pair if return_lse else pair[0]
+
+
+def a_shape_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    sink: int,
+    window: int,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over the first ``sink`` keys and the ``window`` most recent ones.
+
+    Key ``k <= p`` is visible iff ``k < sink`` or ``p - k < window``; ``sink, window >= 0``.
+    StreamingLLM's mask (arXiv 2309.17453), one of MInference's patterns (arXiv 2407.02490, 3.1).
+    """
+    pair = _call(
+        _ops.a_shape_attention, q, k, v, sink=sink, window=window, scale=scale, return_lse=return_lse
+    )
+    return _result(pair, return_lse)
+
+
+def vertical_slash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    columns: Tensor,
+    offsets: Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over chosen columns and the cover of chosen offsets (arXiv 2407.02490, 3.1).
+
+    ``columns [batch, q_heads, n]`` are key positions and ``offsets [batch, q_heads, m]`` distances
+    ``p - k``, int32 or int64, in any order; duplicates count once, ``-1`` pads, values out of range
+    select nothing, stride 0 (``expand``) is welcome.
+
+    Cover: query rows are taken in tiles of 64. With ``e = kv_len - q_len + 64 (m + 1)`` each offset
+    ``o`` makes keys ``e - 64 - o .. e - o - 1`` visible to all rows of tile ``m``: every key that
+    the diagonal crosses inside the tile.
+    """
+    pair = _call(
+        _ops.vertical_slash_attention, q, k, v, columns, offsets, scale=scale, return_lse=return_lse
+    )
+    return _result(pair, return_lse)
+
+
+def block_sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: Tensor,
+    *,
+    block_q: int = 64,
+    block_kv: int = 64,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over the blocks that ``block_mask`` selects.
+
+    ``block_mask`` is bool ``[batch, q_heads, ceil(q_len / block_q), ceil(kv_len / block_kv)]``: row
+    ``i`` sees key ``k <= p`` iff ``block_mask[..., i // block_q, k // block_kv]``. Blocks are 64 or
+    128, each way.
+    """
+    pair = _call(
+        _ops.block_sparse_attention,
+        q,
+        k,
+        v,
+        block_mask,
+        block_q=block_q,
+        block_kv=block_kv,
+        scale=scale,
+        return_lse=return_lse,
+    )
+    return _result(pair, return_lse)
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    patterns: Sequence[Pattern],
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Estimate, select, attend: one pattern per query head, mixed freely, in one call.
+
+    ``patterns`` has ``q_heads`` entries (:class:`~sparseattn.Dense`, :class:`~sparseattn.AShape`,
+    :class:`~sparseattn.VerticalSlash`, :class:`~sparseattn.BlockSparse`). Vertical-slash heads get
+    the index of :func:`estimate_vertical_slash` with its defaults, block-sparse heads that of
+    :func:`estimate_block_sparse` with blocks of 64, each sequence its own (arXiv 2407.02490, alg. 1
+    to 3). No host sync on CUDA.
+    """
+    pair = _call(
+        _ops.sparse_attention, q, k, v, flatten(patterns, q), scale=scale, return_lse=return_lse
+    )
+    return _result(pair, return_lse)
+
+
+def flatten(patterns: Sequence[Pattern], q: Tensor | None = None) -> list[int]:
+    """Patterns as the flat (code, a, b) triples that ``torch.ops.sparseattn.sparse_attention`` takes."""
+    flat: list[int] = []
+    kinds = tuple(PATTERNS.values())
+    for head, pattern in enumerate(patterns):
+        if not isinstance(pattern, kinds):
+            raise TypeError(
+                f"patterns: expected a pattern ({', '.join(p.__name__ for p in kinds)}) for head "
+                f"{head}, got {type(pattern).__name__}"
+            )
+        flat += (pattern.code, *pattern.sizes())
+    if q is not None and q.dim() == 4 and len(flat) != 3 * q.shape[1]:
+        raise ValueError(
+            f"patterns: expected one pattern for each of the {q.shape[1]} query heads, "
+            f"got {len(flat) // 3}"
+        )
+    return flat
+
+
+def estimate_vertical_slash(
+    q: Tensor,
+    k: Tensor,
+    *,
+    num_columns: int,
+    num_offsets: int,
+    last_q: int = 64,
+    sink: int = 30,
+    local: int = 100,
+) -> tuple[Tensor, Tensor]:
+    """Columns and offsets that carry most attention mass of the last rows (arXiv 2407.02490, alg. 2).
+
+    The last ``min(last_q, q_len)`` query rows (``last_q <= 64``) attend to all keys, softmax in
+    fp32; the probabilities are summed per column and per offset ``p - k``. Returns int32
+    ``(columns [batch, q_heads, num_columns], offsets [batch, q_heads, num_offsets])``, ascending,
+    then ``-1`` where a prompt has fewer. Columns ``0 .. sink-1`` and offsets ``0 .. local-1`` rank
+    before all others; equal masses rank by the smaller index.
+    """
+    return _call(
+        _ops.estimate_vertical_slash,
+        q,
+        k,
+        num_columns=num_columns,
+        num_offsets=num_offsets,
+        last_q=last_q,
+        sink=sink,
+        local=local,
+    )
+
+
+def estimate_block_sparse(q: Tensor, k: Tensor, *, top_k: int, block: int = 64) -> Tensor:
+    """The ``top_k`` best key blocks of every query block (arXiv 2407.02490, alg. 3).
+
+    Queries and keys are averaged over blocks of ``block`` (64 or 128) rows and multiplied. A key
+    block is a candidate if it starts at or before the query block's last position; the one that
+    holds the position of the query block's first row ranks first, so that no row is left empty;
+    equal scores rank by the smaller index. Returns bool
+    ``[batch, q_heads, ceil(q_len / block), ceil(kv_len / block)]`` for
+    :func:`block_sparse_attention`.
+    """
+    return _call(_ops.estimate_block_sparse, q, k, top_k=top_k, block=block)

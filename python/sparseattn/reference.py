@@ -1,0 +1,317 @@
+"""The oracle: which keys every query sees, and attention over exactly those, in fp64 plain torch.
+
+It is written to be read, not to be fast. Masks are bool, True where a query row sees a key; query
+row ``i`` is at position ``p = i + kv_len - q_len`` (bottom-right aligned), and every mask keeps
+``k <= p``. The functions named like operators take the operators' arguments and return what the
+operators approximate, in fp64. Everything runs on the device of its inputs, so a GPU can check
+itself.
+
+Sources: A-shape, vertical-slash and block-sparse patterns and their estimation are MInference's
+(arXiv 2407.02490, section 3); the cover of an offset per tile of 64 rows is this library's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from sparseattn.patterns import AShape, BlockSparse, Dense, Pattern, VerticalSlash
+
+TILE = 64  # query rows that share the cover of an offset
+_CHUNK = 1 << 24  # score elements held at once
+
+
+# --- masks: bool [q_len, kv_len] ----------------------------------------------------------------
+
+
+def dense_mask(q_len: int, kv_len: int, device: torch.device | str | None = None) -> Tensor:
+    """Every key at or before the query's position."""
+    p, keys = _positions(q_len, kv_len, device)
+    return keys <= p
+
+
+def a_shape_mask(
+    q_len: int, kv_len: int, sink: int, window: int, device: torch.device | str | None = None
+) -> Tensor:
+    """``k < sink`` or ``p - k < window``."""
+    p, keys = _positions(q_len, kv_len, device)
+    return (keys <= p) & ((keys < sink) | (p - keys < window))
+
+
+def vertical_slash_mask(
+    q_len: int,
+    kv_len: int,
+    columns: Tensor | Sequence[int],
+    offsets: Tensor | Sequence[int],
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Keys in ``columns`` and keys in the cover of ``offsets`` (one-dimensional, any order).
+
+    Rows come in tiles of 64. With ``e = kv_len - q_len + 64 * (m + 1)`` the end of tile ``m``, an
+    offset ``o >= 0`` makes keys ``e - 64 - o .. e - o - 1`` visible to the whole tile. Key ``k`` is
+    at distance ``d = e - 1 - k``, so it is covered iff some offset lies in ``d - 63 .. d``, which
+    is the same for every tile. Values that select no key (-1 pads among them) are dropped.
+    """
+    columns, offsets = (torch.as_tensor(x, dtype=torch.int64, device=device)
+                        for x in (columns, offsets))
+    column = torch.zeros(kv_len, dtype=torch.bool, device=columns.device)
+    column[columns[(columns >= 0) & (columns < kv_len)]] = True
+
+    span = kv_len + TILE  # distances of keys from a tile's end lie in 0 .. span - 1
+    covered = torch.zeros(span + TILE, dtype=torch.bool, device=columns.device)
+    offsets = offsets[(offsets >= 0) & (offsets < span)]
+    for step in range(TILE):
+        covered[offsets + step] = True
+
+    mask = dense_mask(q_len, kv_len, columns.device)
+    keys = torch.arange(kv_len, device=columns.device)
+    for first in range(0, q_len, TILE):
+        distance = kv_len - q_len + first + TILE - 1 - keys
+        slash = covered[distance.clamp(min=0)] & (distance >= 0)
+        mask[first : first + TILE] &= column | slash
+    return mask
+
+
+def block_sparse_mask(
+    q_len: int, kv_len: int, block_mask: Tensor, block_q: int = 64, block_kv: int = 64
+) -> Tensor:
+    """Row ``i`` sees ``k`` iff ``block_mask[i // block_q, k // block_kv]`` (bool [nq, nk])."""
+    rows = torch.arange(q_len, device=block_mask.device) // block_q
+    keys = torch.arange(kv_len, device=block_mask.device) // block_kv
+    mask = block_mask[rows[:, None], keys[None, :]]
+    return mask & dense_mask(q_len, kv_len, block_mask.device)
+
+
+def pattern_mask(q: Tensor, k: Tensor, patterns: Sequence[Pattern]) -> Tensor:
+    """Mask of a pattern for each query head, estimates included: bool [B, Hq, q_len, kv_len]."""
+    q_len, kv_len = q.shape[2], k.shape[2]
+    heads = []
+    for h, pattern in enumerate(patterns):
+        qh, kh = q[:, h : h + 1], k[:, h // _group(q, k)].unsqueeze(1)
+        if isinstance(pattern, Dense):
+            mask = dense_mask(q_len, kv_len, q.device).expand(q.shape[0], 1, -1, -1)
+        elif isinstance(pattern, AShape):
+            mask = a_shape_mask(q_len, kv_len, pattern.sink, pattern.window, q.device)
+            mask = mask.expand(q.shape[0], 1, -1, -1)
+        elif isinstance(pattern, VerticalSlash):
+            columns, offsets = estimate_vertical_slash(
+                qh, kh, num_columns=pattern.columns, num_offsets=pattern.offsets
+            )
+            mask = _vertical_slash_masks(q_len, kv_len, columns, offsets)
+        elif isinstance(pattern, BlockSparse):
+            blocks = estimate_block_sparse(qh, kh, top_k=pattern.top_k)
+            mask = _block_sparse_masks(q_len, kv_len, blocks, 64, 64)
+        else:
+            raise TypeError(f"patterns: expected a pattern, got {type(pattern).__name__}")
+        heads.append(mask)
+    return torch.cat(heads, dim=1)
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of every row over the keys its mask names, in fp64.
+
+    Args:
+        q: [B, Hq, q_len, D]. k, v: [B, Hkv, kv_len, D]; head h reads key/value head
+            ``h // (Hq // Hkv)``.
+        mask: bool, broadcastable to [B, Hq, q_len, kv_len].
+        scale: factor of the scores; default ``1 / sqrt(D)``.
+
+    Returns:
+        out fp64 [B, Hq, q_len, D] and lse fp64 [B, Hq, q_len], the natural log of the summed
+        exponentials. A row that sees nothing has out 0 and lse -inf. Keys and values that no row
+        of a head sees may hold anything, NaN included.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    mask = _four_dims(mask)
+    seen = mask.any(dim=2).unsqueeze(-1)
+    k = _per_query_head(q, k).where(seen, 0.0)
+    v = _per_query_head(q, v).where(seen, 0.0)
+    mask = mask.expand(*q.shape[:3], k.shape[2])
+    out = q.new_empty(q.shape, dtype=torch.float64)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float64)
+    for rows in _row_chunks(mask):
+        scores = q[:, :, rows].double() @ k.mT * scale
+        scores = scores.masked_fill(~mask[:, :, rows], -math.inf)
+        lse[:, :, rows] = scores.logsumexp(dim=-1)
+        shift = lse[:, :, rows, None]
+        weights = (scores - shift.masked_fill(shift.isinf(), 0.0)).exp()
+        out[:, :, rows] = weights @ v
+    return out, lse
+
+
+def a_shape_attention(q, k, v, *, sink, window, scale=None, return_lse=False):
+    """What ``sparseattn.a_shape_attention`` approximates, fp64."""
+    mask = a_shape_mask(q.shape[2], k.shape[2], sink, window, q.device)
+    return _result(masked_attention(q, k, v, mask, scale), return_lse)
+
+
+def vertical_slash_attention(q, k, v, columns, offsets, *, scale=None, return_lse=False):
+    """What ``sparseattn.vertical_slash_attention`` approximates, fp64. Lists [B, Hq, n]."""
+    mask = _vertical_slash_masks(q.shape[2], k.shape[2], columns, offsets)
+    return _result(masked_attention(q, k, v, mask, scale), return_lse)
+
+
+def block_sparse_attention(
+    q, k, v, block_mask, *, block_q=64, block_kv=64, scale=None, return_lse=False
+):
+    """What ``sparseattn.block_sparse_attention`` approximates, fp64. Mask [B, Hq, nq, nk]."""
+    mask = _block_sparse_masks(q.shape[2], k.shape[2], block_mask, block_q, block_kv)
+    return _result(masked_attention(q, k, v, mask, scale), return_lse)
+
+
+def sparse_attention(q, k, v, patterns, *, scale=None, return_lse=False):
+    """What ``sparseattn.sparse_attention`` approximates, fp64. One pattern per query head."""
+    mask = pattern_mask(q, k, patterns)
+    return _result(masked_attention(q, k, v, mask, scale), return_lse)
+
+
+# --- estimation ---------------------------------------------------------------------------------
+
+
+def vertical_slash_mass(q: Tensor, k: Tensor, last_q: int = 64) -> tuple[Tensor, Tensor]:
+    """Attention of the last ``min(last_q, q_len)`` rows summed per column and per offset.
+
+    Returns fp64 [B, Hq, kv_len] twice: entry ``c`` sums ``P[row, c]``, entry ``o`` sums
+    ``P[row, p - o]`` over the rows (MInference, section 3.2).
+    """
+    rows, kv_len = min(last_q, q.shape[2]), k.shape[2]
+    scores = q[:, :, -rows:].double() @ _per_query_head(q, k).mT * q.shape[-1] ** -0.5
+    mask = dense_mask(rows, kv_len, q.device)
+    weights = scores.masked_fill(~mask, -math.inf).softmax(dim=-1)
+    offsets = torch.zeros_like(weights[:, :, 0])
+    for row in range(rows):
+        p = kv_len - rows + row
+        offsets[..., : p + 1] += weights[:, :, row, : p + 1].flip(-1)
+    return weights.sum(dim=2), offsets
+
+
+def estimate_vertical_slash(
+    q, k, *, num_columns, num_offsets, last_q=64, sink=30, local=100
+) -> tuple[Tensor, Tensor]:
+    """What ``sparseattn.estimate_vertical_slash`` returns, decided in fp64.
+
+    The columns and offsets of largest mass; columns ``0 .. sink-1`` and offsets ``0 .. local-1``
+    rank before all others, equals by the smaller index. int32 [B, Hq, num_columns] and
+    [B, Hq, num_offsets], ascending, then -1.
+    """
+    columns, offsets = vertical_slash_mass(q, k, last_q)
+    return _select(columns, sink, num_columns), _select(offsets, local, num_offsets)
+
+
+def block_scores(q: Tensor, k: Tensor, block: int = 64) -> Tensor:
+    """Mean-pooled queries against mean-pooled keys: fp64 [B, Hq, nq, nk] (MInference, section 3.2).
+
+    Means run over the rows that exist. Key blocks that start after the last position of a query
+    block are -inf; the block that holds the position of its first row is +inf.
+    """
+    q_len, kv_len = q.shape[2], k.shape[2]
+    pooled_q = torch.stack([x.double().mean(2) for x in q.split(block, dim=2)], dim=2)
+    pooled_k = torch.stack([x.double().mean(2) for x in k.split(block, dim=2)], dim=2)
+    scores = pooled_q @ _per_query_head(q, pooled_k).mT
+    starts = torch.arange(scores.shape[3], device=q.device) * block
+    for i in range(scores.shape[2]):
+        first = i * block + kv_len - q_len
+        last = min((i + 1) * block, q_len) - 1 + kv_len - q_len
+        scores[:, :, i, starts > last] = -math.inf
+        scores[:, :, i, first // block] = math.inf
+    return scores
+
+
+def estimate_block_sparse(q, k, *, top_k, block=64) -> Tensor:
+    """What ``sparseattn.estimate_block_sparse`` returns, decided in fp64: bool [B, Hq, nq, nk]."""
+    scores = block_scores(q, k, block)
+    best = scores.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
+    mask = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
+    return mask & (scores > -math.inf)
+
+
+# --- measures -----------------------------------------------------------------------------------
+
+
+def density(mask: Tensor) -> Tensor:
+    """Visible pairs over causal pairs: fp64 of the mask's shape without [q_len, kv_len]."""
+    q_len, kv_len = mask.shape[-2:]
+    causal = q_len * (2 * kv_len - q_len + 1) // 2
+    return mask.sum(dim=(-2, -1)).double() / causal
+
+
+def mass_kept(q: Tensor, k: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+    """Share of dense causal attention that falls on visible keys, mean over rows: fp64 [B, Hq].
+
+    Scores are held for a few rows at a time, so 16K tokens fit in ordinary memory; the mask may
+    be shared by heads ([q_len, kv_len]).
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    k = _per_query_head(q, k)
+    mask = _four_dims(mask).expand(*q.shape[:3], k.shape[2])
+    causal = dense_mask(q.shape[2], k.shape[2], q.device)
+    kept = q.new_zeros(q.shape[:2], dtype=torch.float64)
+    for rows in _row_chunks(mask):
+        scores = q[:, :, rows].double() @ k.mT * scale
+        weights = scores.masked_fill(~causal[rows], -math.inf).softmax(dim=-1)
+        kept += weights.masked_fill(~mask[:, :, rows], 0.0).sum(dim=(2, 3))
+    return kept / q.shape[2]
+
+
+# --- helpers ------------------------------------------------------------------------------------
+
+
+def _positions(q_len: int, kv_len: int, device) -> tuple[Tensor, Tensor]:
+    """Positions of the rows [q_len, 1] and the keys [1, kv_len]."""
+    keys = torch.arange(kv_len, device=device)
+    return keys[kv_len - q_len :, None], keys[None, :]
+
+
+def _group(q: Tensor, k: Tensor) -> int:
+    return q.shape[1] // k.shape[1]
+
+
+def _per_query_head(q: Tensor, x: Tensor) -> Tensor:
+    """[B, Hkv, ...] to fp64 [B, Hq, ...]: query head h takes head h // group."""
+    return x.double().repeat_interleave(_group(q, x), dim=1)
+
+
+def _four_dims(mask: Tensor) -> Tensor:
+    return mask.reshape((1,) * (4 - mask.dim()) + mask.shape)
+
+
+def _row_chunks(mask: Tensor) -> Iterator[slice]:
+    batch, heads, q_len, kv_len = mask.shape
+    rows = max(1, _CHUNK // (batch * heads * kv_len))
+    for first in range(0, q_len, rows):
+        yield slice(first, min(first + rows, q_len))
+
+
+def _vertical_slash_masks(q_len: int, kv_len: int, columns: Tensor, offsets: Tensor) -> Tensor:
+    masks = [vertical_slash_mask(q_len, kv_len, c, o)
+             for c, o in zip(columns.flatten(0, 1), offsets.flatten(0, 1), strict=True)]
+    return torch.stack(masks).unflatten(0, columns.shape[:2])
+
+
+def _block_sparse_masks(
+    q_len: int, kv_len: int, block_mask: Tensor, block_q: int, block_kv: int
+) -> Tensor:
+    masks = [block_sparse_mask(q_len, kv_len, m, block_q, block_kv)
+             for m in block_mask.flatten(0, 1)]
+    return torch.stack(masks).unflatten(0, block_mask.shape[:2])
+
+
+def _select(mass: Tensor, forced: int, count: int) -> Tensor:
+    """Indices of the `count` largest, the first `forced` before all: int32, ascending, then -1."""
+    mass = mass.clone()
+    mass[..., :forced] = math.inf
+    best = mass.argsort(dim=-1, descending=True, stable=True)[..., :count]
+    best = best.sort(dim=-1).values.int()
+    return torch.nn.functional.pad(best, (0, count - best.shape[-1]), value=-1)
+
+
+def _result(result: tuple[Tensor, Tensor], return_lse: bool):
+    return result if return_lse else result[0]

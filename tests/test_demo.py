@@ -1,0 +1,161 @@
+"""The demo: its measurements against the oracle, and a small run from end to end."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers import cuda_reason
+
+from sparseattn import reference
+from sparseattn.config import PatternConfig
+from sparseattn.patterns import AShape, BlockSparse, Dense, VerticalSlash
+
+for package in ("transformers", "matplotlib", "tqdm"):
+    pytest.importorskip(package)
+
+from sparseattn import demo_measure, demo_model, plots  # noqa: E402
+from sparseattn.cli import main  # noqa: E402
+
+PATTERNS = [Dense(), AShape(5, 70), AShape(300, 1), VerticalSlash(40, 130), VerticalSlash(200, 101),
+            BlockSparse(2), BlockSparse(3)]  # fmt: skip
+
+
+def head(length: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    gen = torch.Generator().manual_seed(seed)
+    return tuple(2 * torch.randn(1, 1, length, 64, generator=gen) for _ in range(2))
+
+
+@pytest.mark.parametrize("length", [64, 257, 447])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_visited_keys_are_the_oracles(pattern, length):
+    q, k = head(length)
+    mask = reference.pattern_mask(q, k, [pattern])[0, 0]
+    visited = demo_measure.VisitedKeys(pattern, q, k)
+    assert torch.equal(visited.rows(torch.arange(length)), mask)
+    rows = torch.tensor([length - 1, 3, 63, 20])
+    assert torch.equal(visited.rows(rows), mask[rows])
+    assert visited.pairs() == int(mask.sum())
+    assert visited.density() == pytest.approx(float(mask.sum()) / (length * (length + 1) / 2))
+
+
+def test_pairs_in_several_chunks(monkeypatch):
+    q, k = head(447)
+    visited = demo_measure.VisitedKeys(VerticalSlash(40, 130), q, k)
+    whole = visited.pairs()
+    monkeypatch.setattr(demo_measure, "_CHUNK", 1000)
+    assert visited.pairs() == whole
+
+
+def test_layer_measurements_are_the_oracles():
+    gen = torch.Generator().manual_seed(1)
+    q = 2 * torch.randn(1, 4, 128, 64, generator=gen)
+    k, v = (2 * torch.randn(1, 2, 128, 64, generator=gen) for _ in range(2))
+    patterns = [AShape(2, 20), VerticalSlash(35, 101), BlockSparse(1), Dense()]
+    dense = demo_measure.dense_attention(q, k, v, 0.125)
+    layer, pictures = demo_measure.measure_layer(q, k, v, 0.125, dense, patterns, [1, 3])
+    mask = reference.pattern_mask(q, k, patterns)
+    kept = reference.mass_kept(q, k, mask)[0]  # 128 rows: all are sampled
+    exact, full = (reference.masked_attention(q, k, v, m)[0] for m in (mask, mask[:, 3:]))
+    for h, measured in enumerate(layer["heads"]):
+        assert measured["mass_kept"] == pytest.approx(float(kept[h]), abs=1e-4)
+        error = (exact - full)[0, h].norm() / full[0, h].norm()
+        assert measured["output_error"] == pytest.approx(float(error), abs=1e-4)
+    assert layer["density"] == pytest.approx(
+        float(mask.float().sum((2, 3)).mean()) / (128 * 129 / 2)
+    )
+    assert layer["speedup"] == layer["dense_s"] / layer["sparse_s"] > 0
+    assert [picture.title.partition(":")[0] for picture in pictures] == ["head 1", "head 3"]
+    assert pictures[0].pattern.shape == (128, plots.PIXELS)
+    assert demo_measure.exactness(q, k, v, 0.125) < 1e-5
+
+
+@pytest.mark.parametrize("length", [100_000, 3_000_000])
+def test_python_carries_a_long_text(length):
+    text, source = demo_model.read_text(None, length)
+    assert len(text) >= length and source.startswith("Python's")
+    assert len(set(text[:100_000].split())) > 1000  # words, not filler
+
+
+def test_text_without_help_topics(monkeypatch):
+    monkeypatch.setitem(demo_model.sys.modules, "pydoc_data.topics", None)
+    text, source = demo_model.read_text(None, 10_000)
+    assert len(text) >= 10_000 and source == "Python's help topics and standard library"
+
+
+def test_byte_tokens():
+    ids = demo_model.byte_tokens("aé".encode(), 4, torch.device("cpu"))
+    assert ids.tolist() == [[256, 257, 97, 195]]
+
+
+def test_model_is_glm_4():
+    model = demo_model.build_model(1, 8, 256, 128, 512, torch.device("cpu"), seed=0)
+    attention = model.model.layers[0].self_attn
+    assert type(model).__name__ == "GlmForCausalLM"
+    assert attention.q_proj.bias.shape == (8 * 128,) and attention.k_proj.bias.shape == (2 * 128,)
+    assert model.model.rotary_emb.inv_freq.shape == (32,)  # half of 128 dims, in pairs
+    again = demo_model.build_model(1, 8, 256, 128, 512, torch.device("cpu"), seed=0)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True)
+    )
+
+
+def run_demo(tmp_path, *arguments: str) -> dict:
+    assert main(["demo", "--output", str(tmp_path), *arguments]) == 0
+    assert (tmp_path / "patterns.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    return json.loads((tmp_path / "report.json").read_text())
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_run(tmp_path, capsys, device):
+    if device == "cuda" and cuda_reason():
+        pytest.skip(cuda_reason())
+    report = run_demo(tmp_path, "--tokens", "512", "--layers", "2", "--device", device)
+    assert report["tokens"] == 512 and len(report["layers"]) == 2
+    heads = demo_model.SIZES[device]["heads"]
+    for layer in report["layers"]:
+        assert len(layer["heads"]) == heads
+        for measured in layer["heads"]:
+            assert 0 < measured["density"] < 1 and measured["density"] < measured["mass_kept"]
+            assert measured["mass_kept"] < 1.001 and 0 < measured["output_error"] < 1
+    assert report["covering_patterns_error"] < (1e-4 if device == "cpu" else 3e-2)
+    assert report["prefill"]["logits_error"] > 0
+    printed = capsys.readouterr().out
+    assert "The weights are random" in printed and "speed-up" in printed
+    assert printed.count("block_sparse") >= 1
+
+
+def test_text_and_patterns_of_the_user(tmp_path):
+    (tmp_path / "text.txt").write_bytes(b"some words of a user, " * 30)
+    PatternConfig.uniform(AShape(4, 60), 1, 4).save(tmp_path / "patterns.json")
+    report = run_demo(
+        tmp_path,
+        "--text",
+        str(tmp_path / "text.txt"),
+        "--patterns",
+        str(tmp_path / "patterns.json"),
+    )
+    assert report["tokens"] == 22 * 30 + 2 and report["model"]["heads"] == 4
+    (layer,) = report["layers"]
+    assert [measured["pattern"] for measured in layer["heads"]] == ["a_shape 4,60"] * 4
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (["--tokens", "10"], "--tokens: expected at least 256, got 10"),
+    (["--layers", "0"], "--layers: expected at least 1, got 0"),
+    (["--text", "absent.txt"], "No such file or directory: 'absent.txt'"),
+    (["--text", __file__, "--tokens", "9999999"], "--text: expected at least 9999997 bytes, got"),
+    (["--patterns", "absent"], "absent"),
+])  # fmt: skip
+def test_bad_arguments(tmp_path, capsys, arguments, message):
+    assert main(["demo", "--output", str(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sparseattn demo: ") and message in error
+    assert error.count("\n") == 1
+
+
+def test_missing_extra(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sparseattn.demo._NEEDED", ("transformers", "absent_package"))
+    assert main(["demo", "--output", str(tmp_path)]) == 2
+    assert "demo needs absent_package: pip install 'sparseattn[demo]'" in capsys.readouterr().err
