@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from sparseattn import reference
 from torch import Tensor
+
+from sparseattn import reference
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,11 @@ def check_attention(
     eps = torch.finfo(q.dtype).eps
     floor = (16 if q.dtype == torch.float32 else 1) * eps * expected.abs() + shift
     assert_at_most(error.max(), 2 * base_error.max() + floor.max(), "largest error")
-    assert_at_most(_rms(error, (2, 3)), 2 * _rms(base_error, (2, 3)) + _rms(floor, (2, 3)),
-                   "root mean square error of a head")
+    assert_at_most(
+        _rms(error, (2, 3)),
+        2 * _rms(base_error, (2, 3)) + _rms(floor, (2, 3)),
+        "root mean square error of a head",
+    )
     rows = 4 * base_error.amax(-1) + 4 * floor.amax(-1)
     assert_at_most(error.amax(-1), rows, "largest error of a row")
 
@@ -215,10 +219,12 @@ def reveal_mask(attend, case: Case, place: Place) -> tuple[Tensor, Tensor]:
     values show which keys a row sees, and exp(lse) how many terms the softmax had: a key counted
     twice shows.
     """
-    q = torch.zeros(case.batch, case.q_heads, case.q_len, case.dim,
-                    device=place.device, dtype=place.dtype)
-    k = torch.zeros(case.batch, case.kv_heads, case.kv_len, case.dim,
-                    device=place.device, dtype=place.dtype)
+    q = torch.zeros(
+        case.batch, case.q_heads, case.q_len, case.dim, device=place.device, dtype=place.dtype
+    )
+    k = torch.zeros(
+        case.batch, case.kv_heads, case.kv_len, case.dim, device=place.device, dtype=place.dtype
+    )
     eye = torch.eye(case.kv_len, device=place.device, dtype=place.dtype)
     pieces = []
     for first in range(0, case.kv_len, case.dim):
@@ -259,8 +265,9 @@ def check_no_influence(attend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, se
 # --- indexes ------------------------------------------------------------------------------------
 
 
-def random_lists(case: Case, num_columns: int, num_offsets: int, seed: int,
-                 dtype: torch.dtype = torch.int32) -> tuple[Tensor, Tensor]:
+def random_lists(
+    case: Case, num_columns: int, num_offsets: int, seed: int, dtype: torch.dtype = torch.int32
+) -> tuple[Tensor, Tensor]:
     """Different lists for every head: unsorted, with duplicates, pads and values out of range.
 
     The last head is empty where there are several, so whole heads see nothing.
@@ -288,13 +295,13 @@ def vertical_slash_masks(case: Case, columns: Tensor, offsets: Tensor) -> Tensor
     """bool [B, Hq, q_len, kv_len] of lists [B, Hq, n]."""
     masks = [
         reference.vertical_slash_mask(case.q_len, case.kv_len, columns[b, h], offsets[b, h])
-        for b in range(case.batch) for h in range(case.q_heads)
+        for b in range(case.batch)
+        for h in range(case.q_heads)
     ]
     return torch.stack(masks).unflatten(0, (case.batch, case.q_heads))
 
 
-def random_blocks(case: Case, block_q: int, block_kv: int, seed: int,
-                  share: float = 0.4) -> Tensor:
+def random_blocks(case: Case, block_q: int, block_kv: int, seed: int, share: float = 0.4) -> Tensor:
     """bool [B, Hq, nq, nk] with an empty row in the first head and the whole last head empty."""
     nq, nk = -(-case.q_len // block_q), -(-case.kv_len // block_kv)
     blocks = torch.rand(case.batch, case.q_heads, nq, nk, generator=generator(seed)) < share
@@ -308,7 +315,8 @@ def block_masks(case: Case, blocks: Tensor, block_q: int, block_kv: int) -> Tens
     """bool [B, Hq, q_len, kv_len] of blocks [B, Hq, nq, nk]."""
     masks = [
         reference.block_sparse_mask(case.q_len, case.kv_len, blocks[b, h], block_q, block_kv)
-        for b in range(case.batch) for h in range(case.q_heads)
+        for b in range(case.batch)
+        for h in range(case.q_heads)
     ]
     return torch.stack(masks).unflatten(0, (case.batch, case.q_heads))
 

@@ -1,15 +1,16 @@
 """Runs every operator once on small shapes, for compute-sanitizer. Not a test module.
 
-    compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitize.py
-    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/sanitize.py
+compute-sanitizer --tool memcheck --error-exitcode 1 python tests/sanitize.py
+compute-sanitizer --tool racecheck --error-exitcode 1 python tests/sanitize.py
 """
 
 from __future__ import annotations
 
 import argparse
 
-import sparseattn
 import torch
+
+import sparseattn
 from sparseattn import AShape, BlockSparse, Dense, VerticalSlash
 
 # batch, query heads, key/value heads, q_len, kv_len: partial tiles, one row, an exact tile.
@@ -29,15 +30,22 @@ def run(device: str, dtype: torch.dtype, dim: int, shape: tuple[int, ...]) -> No
 
     q, k, v = randn(q_heads, q_len), randn(kv_heads, kv_len), randn(kv_heads, kv_len)
     results = [sparseattn.a_shape_attention(q, k, v, sink=5, window=70, return_lse=True)[0]]
-    results.append(sparseattn.vertical_slash_attention(
-        q, k, v, randint(40), randint(9), return_lse=True)[0])
-    results.append(sparseattn.vertical_slash_attention(
-        q, k, v, randint(0).long(), randint(3).long()))
+    results.append(
+        sparseattn.vertical_slash_attention(q, k, v, randint(40), randint(9), return_lse=True)[0]
+    )
+    results.append(
+        sparseattn.vertical_slash_attention(q, k, v, randint(0).long(), randint(3).long())
+    )
     for block_q, block_kv in [(64, 64), (128, 64), (64, 128), (128, 128)]:
-        blocks = torch.rand(
-            batch, q_heads, -(-q_len // block_q), -(-kv_len // block_kv), generator=gen) < 0.5
-        results.append(sparseattn.block_sparse_attention(
-            q, k, v, blocks.to(device), block_q=block_q, block_kv=block_kv, return_lse=True)[0])
+        blocks = (
+            torch.rand(batch, q_heads, -(-q_len // block_q), -(-kv_len // block_kv), generator=gen)
+            < 0.5
+        )
+        results.append(
+            sparseattn.block_sparse_attention(
+                q, k, v, blocks.to(device), block_q=block_q, block_kv=block_kv, return_lse=True
+            )[0]
+        )
     sparseattn.estimate_vertical_slash(q, k, num_columns=40, num_offsets=120)
     sparseattn.estimate_vertical_slash(q, k, num_columns=0, num_offsets=7, last_q=3, local=2)
     for block in (64, 128):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import sparseattn
 import torch
 from helpers import (
     CASES,
@@ -18,14 +17,15 @@ from helpers import (
     poison_unseen,
     relayout,
 )
+
+import sparseattn
 from sparseattn import reference
 
 SIZES = [(0, 1), (5, 0), (30, 100), (64, 64), (0, 0), (1, 63), (100_000, 0), (0, 2**31 - 1)]
 
 
 def mask_of(case: Case, sink: int, window: int, device: str) -> torch.Tensor:
-    return full_mask(
-        reference.a_shape_mask(case.q_len, case.kv_len, sink, window, device), case)
+    return full_mask(reference.a_shape_mask(case.q_len, case.kv_len, sink, window, device), case)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -40,8 +40,7 @@ def test_against_oracle(case, place):
         assert torch.equal(alone, out), "asking for the LSE changes no bit"
 
 
-@pytest.mark.parametrize("case", [Case(1, 2, 1, 200, 200, 64), Case(2, 2, 2, 70, 333, 64)],
-                         ids=str)
+@pytest.mark.parametrize("case", [Case(1, 2, 1, 200, 200, 64), Case(2, 2, 2, 70, 333, 64)], ids=str)
 @pytest.mark.parametrize("sink, window", [(3, 70), (64, 1), (130, 65), (0, 0)])
 def test_mask_to_the_key(case, sink, window, main_place):
     def attend(q, k, v):
@@ -91,8 +90,9 @@ def test_output_layout(main_place):
 def test_scale(scale, place):
     case = Case(1, 2, 2, 130, 130, 64)
     q, k, v = make_qkv(case, place)
-    out, lse = sparseattn.a_shape_attention(q, k, v, sink=4, window=50, scale=scale,
-                                            return_lse=True)
+    out, lse = sparseattn.a_shape_attention(
+        q, k, v, sink=4, window=50, scale=scale, return_lse=True
+    )
     check_attention(out, lse, q, k, v, mask_of(case, 4, 50, place.device), scale)
 
 
@@ -116,8 +116,9 @@ def test_one_dominating_key_and_equal_scores(place):
     check_attention(out, lse, q, k, v, mask_of(case, 4, 30, place.device))
 
 
-@pytest.mark.parametrize("case", [Case(1, 4, 2, 200, 200, 64), Case(2, 2, 1, 100, 300, 128)],
-                         ids=str)
+@pytest.mark.parametrize(
+    "case", [Case(1, 4, 2, 200, 200, 64), Case(2, 2, 1, 100, 300, 128)], ids=str
+)
 def test_masked_finite_values_have_no_influence(case, place):
     q, k, v = make_qkv(case, place)
 
@@ -132,8 +133,10 @@ def test_sinks_and_window_merge(place):
     """Where sinks and windows do not meet, the two parts join through their LSE."""
     case = Case(1, 4, 2, 100, 300, 64)
     q, k, v = make_qkv(case, place)
-    parts = [sparseattn.a_shape_attention(q, k, v, sink=s, window=w, return_lse=True)
-             for s, w in [(10, 0), (0, 64)]]
+    parts = [
+        sparseattn.a_shape_attention(q, k, v, sink=s, window=w, return_lse=True)
+        for s, w in [(10, 0), (0, 64)]
+    ]
     out, lse = merge(parts)
     check_attention(out.to(place.dtype), lse.float(), q, k, v, mask_of(case, 10, 64, place.device))
 

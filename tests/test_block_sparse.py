@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import sparseattn
 import torch
 from helpers import (
     CASES,
@@ -20,6 +19,8 @@ from helpers import (
     random_blocks,
     relayout,
 )
+
+import sparseattn
 from sparseattn import reference
 
 BLOCKS = [(64, 64), (64, 128), (128, 64), (128, 128)]
@@ -27,7 +28,8 @@ BLOCKS = [(64, 64), (64, 128), (128, 64), (128, 128)]
 
 def attend(q, k, v, blocks, block_q=64, block_kv=64, **options):
     return sparseattn.block_sparse_attention(
-        q, k, v, blocks, block_q=block_q, block_kv=block_kv, return_lse=True, **options)
+        q, k, v, blocks, block_q=block_q, block_kv=block_kv, return_lse=True, **options
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -48,8 +50,12 @@ def test_mask_to_the_key(block_q, block_kv, main_place):
         blocks = random_blocks(case, block_q, block_kv, seed=3, share=0.5)
         mask = block_masks(case, blocks, block_q, block_kv).to(main_place.device)
         blocks = blocks.to(main_place.device)
-        check_mask(lambda q, k, v: attend(q, k, v, blocks, block_q, block_kv),  # noqa: B023
-                   mask, case, main_place)
+        check_mask(
+            lambda q, k, v: attend(q, k, v, blocks, block_q, block_kv),  # noqa: B023
+            mask,
+            case,
+            main_place,
+        )
 
 
 @pytest.mark.parametrize("block_q, block_kv", BLOCKS)
@@ -132,7 +138,12 @@ def test_masked_finite_values_have_no_influence(place):
         blocks = blocks.to(place.device)
         check_no_influence(
             lambda q, k, v: attend(q, k, v, blocks, block_q, block_kv),  # noqa: B023
-            q, k, v, mask, seed)
+            q,
+            k,
+            v,
+            mask,
+            seed,
+        )
 
 
 @pytest.mark.parametrize("block_q, block_kv", BLOCKS)

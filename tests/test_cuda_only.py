@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import sparseattn
 import torch
 from helpers import (
     Case,
@@ -15,6 +14,8 @@ from helpers import (
     random_lists,
     vertical_slash_masks,
 )
+
+import sparseattn
 from sparseattn import AShape, BlockSparse, Dense, VerticalSlash, reference
 
 pytestmark = pytest.mark.cuda
@@ -201,8 +202,14 @@ def check_rows_a_shape(out, lse, q, k, v, sink: int, window: int, first: int, la
     mask = (keys <= rows) & ((keys < sink) | (rows - keys < window))
     part = q[:, :, first:last]
     case = Case(*q.shape[:2], k.shape[1], last - first, len(keys), q.shape[3])
-    check_attention(out[:, :, first:last], lse[:, :, first:last], part,
-                    k[:, :, keys], v[:, :, keys], full_mask(mask, case))
+    check_attention(
+        out[:, :, first:last],
+        lse[:, :, first:last],
+        part,
+        k[:, :, keys],
+        v[:, :, keys],
+        full_mask(mask, case),
+    )
 
 
 @pytest.mark.large(12)

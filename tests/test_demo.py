@@ -67,7 +67,11 @@ def test_layer_measurements_are_the_oracles():
     )
     assert layer["speedup"] == layer["dense_s"] / layer["sparse_s"] > 0
     assert [picture.title.partition(":")[0] for picture in pictures] == ["head 1", "head 3"]
-    assert pictures[0].pattern.shape == (128, plots.PIXELS)
+    dense_head = pictures[1]  # a pixel per key, the rest of the width stays empty
+    assert torch.equal(dense_head.pattern[:, :128], mask[0, 3].float())
+    assert dense_head.pattern.shape == dense_head.attention.shape == (128, plots.PIXELS)
+    assert not dense_head.pattern[:, 128:].any()
+    assert (dense_head.attention.amax(-1) == 1).all() and dense_head.attention.min() >= 0
     assert demo_measure.exactness(q, k, v, 0.125) < 1e-5
 
 

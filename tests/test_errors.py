@@ -6,13 +6,18 @@ import re
 from collections.abc import Callable
 
 import pytest
-import sparseattn
 import torch
 from helpers import PLACES, Case, Place, cuda_reason, make_qkv
+
+import sparseattn
 from sparseattn import AShape, BlockSparse, Dense, VerticalSlash
 
-ATTENTION = ["a_shape_attention", "vertical_slash_attention", "block_sparse_attention",
-             "sparse_attention"]
+ATTENTION = [
+    "a_shape_attention",
+    "vertical_slash_attention",
+    "block_sparse_attention",
+    "sparse_attention",
+]
 ESTIMATES = ["estimate_vertical_slash", "estimate_block_sparse"]
 CASE = Case(2, 4, 2, 100, 130, 64)
 
@@ -20,19 +25,27 @@ CASE = Case(2, 4, 2, 100, 130, 64)
 def good(op: str, place: Place) -> dict:
     """Arguments that `op` takes."""
     q, k, v = make_qkv(CASE, place)
-    args = dict(q=q, k=k) if op in ESTIMATES else dict(q=q, k=k, v=v)
+    args = {"q": q, "k": k} if op in ESTIMATES else {"q": q, "k": k, "v": v}
     lists = torch.zeros(2, 4, 5, dtype=torch.int32, device=place.device)
     more = {
-        "a_shape_attention": dict(sink=4, window=20),
-        "vertical_slash_attention": dict(columns=lists, offsets=lists.clone()),
-        "block_sparse_attention": dict(
-            block_mask=torch.ones(2, 4, 2, 3, dtype=torch.bool, device=place.device),
-            block_q=64, block_kv=64),
-        "sparse_attention": dict(
-            patterns=[Dense(), AShape(4, 20), VerticalSlash(40, 110), BlockSparse(2)]),
-        "estimate_vertical_slash": dict(num_columns=40, num_offsets=110, last_q=64, sink=30,
-                                        local=100),
-        "estimate_block_sparse": dict(top_k=2, block=64),
+        "a_shape_attention": {"sink": 4, "window": 20},
+        "vertical_slash_attention": {"columns": lists, "offsets": lists.clone()},
+        "block_sparse_attention": {
+            "block_mask": torch.ones(2, 4, 2, 3, dtype=torch.bool, device=place.device),
+            "block_q": 64,
+            "block_kv": 64,
+        },
+        "sparse_attention": {
+            "patterns": [Dense(), AShape(4, 20), VerticalSlash(40, 110), BlockSparse(2)]
+        },
+        "estimate_vertical_slash": {
+            "num_columns": 40,
+            "num_offsets": 110,
+            "last_q": 64,
+            "sink": 30,
+            "local": 100,
+        },
+        "estimate_block_sparse": {"top_k": 2, "block": 64},
     }
     return args | more[op]
 
@@ -41,7 +54,7 @@ def call_torch(op: str, args: dict):
     """The same call through torch.ops, where patterns are flat integers."""
     if "patterns" in args:
         flat = [x for p in args["patterns"] for x in (p.code, *p.sizes())]
-        args = args | dict(patterns=flat)
+        args = args | {"patterns": flat}
     return getattr(torch.ops.sparseattn, op)(**args)
 
 
@@ -93,9 +106,13 @@ SHARED = {
     "k-dim": (change("k", lambda x: x[..., :32]), ("k",)),
     "k-batch": (change("k", lambda x: x[:1]), ("k",)),
     "heads-not-a-multiple": (
-        change_all(lambda x: x if x.shape[1] == 4 else torch.cat([x, x[:, :1]], 1)), ("q", "k")),
+        change_all(lambda x: x if x.shape[1] == 4 else torch.cat([x, x[:, :1]], 1)),
+        ("q", "k"),
+    ),
     "kv-shorter-than-q": (
-        change_all(lambda x: x if x.shape[1] == 4 else x[:, :, :99]), ("k", "kv_len", "q_len")),
+        change_all(lambda x: x if x.shape[1] == 4 else x[:, :, :99]),
+        ("k", "kv_len", "q_len"),
+    ),
     "q-empty": (change("q", lambda x: x[:, :, :0]), ("q", "q_len")),
     "q-last-stride": (change("q", strided), ("q",)),
     "k-last-stride": (change("k", strided), ("k",)),
@@ -158,10 +175,10 @@ def _gpu() -> Place:
 
 OTHERS = {
     "a_shape_attention": {
-        "sink-negative": (dict(sink=-1), "sink"),
-        "sink-too-large": (dict(sink=2**32), "sink"),
-        "window-negative": (dict(window=-5), "window"),
-        "window-too-large": (dict(window=2**31), "window"),
+        "sink-negative": ({"sink": -1}, "sink"),
+        "sink-too-large": ({"sink": 2**32}, "sink"),
+        "window-negative": ({"window": -5}, "window"),
+        "window-too-large": ({"window": 2**31}, "window"),
     },
     "vertical_slash_attention": {
         "columns-float": (change("columns", lambda x: x.float()), "columns"),
@@ -183,32 +200,32 @@ OTHERS = {
         "mask-batch": (change("block_mask", lambda x: x[:1]), "block_mask"),
         "mask-query-blocks": (change("block_mask", lambda x: x[:, :, :1]), "block_mask"),
         "mask-key-blocks": (change("block_mask", lambda x: x[..., :2]), "block_mask"),
-        "mask-for-other-blocks": (dict(block_kv=128), "block_mask"),
-        "block_q-48": (dict(block_q=48), "block_q"),
-        "block_q-0": (dict(block_q=0), "block_q"),
-        "block_q-256": (dict(block_q=256), "block_q"),
-        "block_kv-48": (dict(block_kv=48), "block_kv"),
-        "block_kv-negative": (dict(block_kv=-64), "block_kv"),
+        "mask-for-other-blocks": ({"block_kv": 128}, "block_mask"),
+        "block_q-48": ({"block_q": 48}, "block_q"),
+        "block_q-0": ({"block_q": 0}, "block_q"),
+        "block_q-256": ({"block_q": 256}, "block_q"),
+        "block_kv-48": ({"block_kv": 48}, "block_kv"),
+        "block_kv-negative": ({"block_kv": -64}, "block_kv"),
     },
     "sparse_attention": {
         "patterns-too-few": (change("patterns", lambda x: x[:3]), "patterns"),
         "patterns-too-many": (change("patterns", lambda x: [*x, Dense()]), "patterns"),
-        "patterns-none": (dict(patterns=[]), "patterns"),
+        "patterns-none": ({"patterns": []}, "patterns"),
     },
     "estimate_vertical_slash": {
-        "num_columns-negative": (dict(num_columns=-1), "num_columns"),
-        "num_columns-too-large": (dict(num_columns=2**32), "num_columns"),
-        "num_offsets-negative": (dict(num_offsets=-1), "num_offsets"),
-        "last_q-0": (dict(last_q=0), "last_q"),
-        "last_q-65": (dict(last_q=65), "last_q"),
-        "sink-negative": (dict(sink=-1), "sink"),
-        "local-negative": (dict(local=-1), "local"),
+        "num_columns-negative": ({"num_columns": -1}, "num_columns"),
+        "num_columns-too-large": ({"num_columns": 2**32}, "num_columns"),
+        "num_offsets-negative": ({"num_offsets": -1}, "num_offsets"),
+        "last_q-0": ({"last_q": 0}, "last_q"),
+        "last_q-65": ({"last_q": 65}, "last_q"),
+        "sink-negative": ({"sink": -1}, "sink"),
+        "local-negative": ({"local": -1}, "local"),
     },
     "estimate_block_sparse": {
-        "top_k-0": (dict(top_k=0), "top_k"),
-        "top_k-negative": (dict(top_k=-3), "top_k"),
-        "block-48": (dict(block=48), "block"),
-        "block-0": (dict(block=0), "block"),
+        "top_k-0": ({"top_k": 0}, "top_k"),
+        "top_k-negative": ({"top_k": -3}, "top_k"),
+        "block-48": ({"block": 48}, "block"),
+        "block-0": ({"block": 0}, "block"),
     },
 }
 
@@ -225,44 +242,55 @@ WRONG_TYPES = {
     "a_shape_attention": [("sink", 1.5), ("window", "all"), ("q", [1.0]), ("k", None)],
     "vertical_slash_attention": [("columns", [1, 2]), ("offsets", None), ("v", 3)],
     "block_sparse_attention": [("block_mask", [[True]]), ("block_q", "64")],
-    "sparse_attention": [("patterns", ["dense"] * 4), ("patterns", Dense()), ("patterns", None),
-                         ("patterns", [(1, 4, 20)] * 4)],
+    "sparse_attention": [
+        ("patterns", ["dense"] * 4),
+        ("patterns", Dense()),
+        ("patterns", None),
+        ("patterns", [(1, 4, 20)] * 4),
+    ],
     "estimate_vertical_slash": [("num_columns", 1.5), ("last_q", None), ("k", "k")],
     "estimate_block_sparse": [("top_k", 0.5), ("block", [64])],
 }
 
 
 @pytest.mark.parametrize(
-    "op, name, value", [(op, *pair) for op in WRONG_TYPES for pair in WRONG_TYPES[op]])
+    "op, name, value", [(op, *pair) for op in WRONG_TYPES for pair in WRONG_TYPES[op]]
+)
 def test_wrong_python_types(op, name, value, main_place):
     """torch.ops answers these with its own words (its schema does), Python with a TypeError."""
     args = good(op, main_place) | {name: value}
     check_refused(op, args, (name,), torch_too=False)
 
 
-@pytest.mark.parametrize("flat, what", [
-    ([0, 0, 0] * 3 + [4, 0, 0], "an unknown code"),
-    ([0, 0, 0] * 3 + [-1, 0, 0], "a negative code"),
-    ([0, 0, 0] * 3 + [1, -4, 9], "a negative sink"),
-    ([0, 0, 0] * 3 + [1, 4, 2**32], "a window beyond 31 bits"),
-    ([0, 0, 0] * 3 + [2, 5, -9], "a negative count"),
-    ([0, 0, 0] * 3 + [3, 0, 0], "no block at all"),
-    ([0, 0, 0] * 3 + [1, 4], "not three a head"),
-])
+@pytest.mark.parametrize(
+    "flat, what",
+    [
+        ([0, 0, 0] * 3 + [4, 0, 0], "an unknown code"),
+        ([0, 0, 0] * 3 + [-1, 0, 0], "a negative code"),
+        ([0, 0, 0] * 3 + [1, -4, 9], "a negative sink"),
+        ([0, 0, 0] * 3 + [1, 4, 2**32], "a window beyond 31 bits"),
+        ([0, 0, 0] * 3 + [2, 5, -9], "a negative count"),
+        ([0, 0, 0] * 3 + [3, 0, 0], "no block at all"),
+        ([0, 0, 0] * 3 + [1, 4], "not three a head"),
+    ],
+)
 def test_flat_patterns(flat, what, main_place):
-    args = good("sparse_attention", main_place) | dict(patterns=flat)
+    args = good("sparse_attention", main_place) | {"patterns": flat}
     with pytest.raises(RuntimeError, match="patterns"):
         torch.ops.sparseattn.sparse_attention(**args)
 
 
-@pytest.mark.parametrize("make, name", [
-    (lambda: AShape(-1, 5), "sink"),
-    (lambda: AShape(5, 2**31), "window"),
-    (lambda: VerticalSlash(5, -1), "offsets"),
-    (lambda: BlockSparse(0), "top_k"),
-    (lambda: VerticalSlash(5.0, 1), "columns"),
-    (lambda: AShape(True, 1), "sink"),
-])
+@pytest.mark.parametrize(
+    "make, name",
+    [
+        (lambda: AShape(-1, 5), "sink"),
+        (lambda: AShape(5, 2**31), "window"),
+        (lambda: VerticalSlash(5, -1), "offsets"),
+        (lambda: BlockSparse(0), "top_k"),
+        (lambda: VerticalSlash(5.0, 1), "columns"),
+        (lambda: AShape(True, 1), "sink"),
+    ],
+)
 def test_patterns_check_themselves(make, name):
     with pytest.raises((ValueError, TypeError), match=name):
         make()

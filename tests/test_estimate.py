@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
-import sparseattn
 import torch
 from helpers import LAYOUTS, Case, make_qkv, relayout
-from sparseattn import reference
 from torch import Tensor
+
+import sparseattn
+from sparseattn import reference
 
 CASES = [
     Case(1, 1, 1, 1, 1, 64),
@@ -54,12 +55,12 @@ def check_selection(got: Tensor, mass: Tensor, forced: int, count: int) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_vertical_slash_against_oracle(case, place):
     settings = [
-        dict(num_columns=50, num_offsets=120),
-        dict(num_columns=200, num_offsets=40),
-        dict(num_columns=20, num_offsets=301, last_q=17, sink=4, local=64),
-        dict(num_columns=33, num_offsets=33, last_q=1, sink=0, local=0),
-        dict(num_columns=0, num_offsets=7, local=2),
-        dict(num_columns=5000, num_offsets=0),
+        {"num_columns": 50, "num_offsets": 120},
+        {"num_columns": 200, "num_offsets": 40},
+        {"num_columns": 20, "num_offsets": 301, "last_q": 17, "sink": 4, "local": 64},
+        {"num_columns": 33, "num_offsets": 33, "last_q": 1, "sink": 0, "local": 0},
+        {"num_columns": 0, "num_offsets": 7, "local": 2},
+        {"num_columns": 5000, "num_offsets": 0},
     ]
     for seed, options in enumerate(settings):
         q, k, _ = make_qkv(case, place, seed)
@@ -90,13 +91,15 @@ def test_planted_columns_and_offsets_are_found(place):
     for q_len, kv_len in [(300, 300), (100, 431)]:
         q, k = planted(place, q_len, kv_len)
         columns, offsets = sparseattn.estimate_vertical_slash(
-            q, k, num_columns=5, num_offsets=4, sink=2, local=3)
+            q, k, num_columns=5, num_offsets=4, sink=2, local=3
+        )
         for head in range(2):
             assert columns[0, head].tolist() == [0, 1, 40, 77, 120]
         for head in range(2, 4):
             assert offsets[0, head].tolist() == [0, 1, 2, 130]
         exact = reference.estimate_vertical_slash(
-            q, k, num_columns=5, num_offsets=4, sink=2, local=3)
+            q, k, num_columns=5, num_offsets=4, sink=2, local=3
+        )
         assert torch.equal(columns[:, :2], exact[0][:, :2])
         assert torch.equal(offsets[:, 2:], exact[1][:, 2:])
 
@@ -105,14 +108,15 @@ def test_equal_masses_rank_by_index(place):
     """One row of equal scores: every mass is the same number, so the first ones win."""
     q, k, _ = make_qkv(Case(2, 2, 1, 70, 500, 64), place)
     columns, offsets = sparseattn.estimate_vertical_slash(
-        q * 0, k, num_columns=40, num_offsets=130, last_q=1)
+        q * 0, k, num_columns=40, num_offsets=130, last_q=1
+    )
     assert torch.equal(columns, torch.arange(40, device=q.device).int().expand(2, 2, -1))
     assert torch.equal(offsets, torch.arange(130, device=q.device).int().expand(2, 2, -1))
 
 
 def test_only_the_last_rows_count(place):
     q, k, _ = make_qkv(Case(1, 2, 1, 200, 260, 64), place)
-    options = dict(num_columns=40, num_offsets=110, last_q=32)
+    options = {"num_columns": 40, "num_offsets": 110, "last_q": 32}
     expected = sparseattn.estimate_vertical_slash(q, k, **options)
     other = q.clone()
     other[:, :, :-32] = 1e4
@@ -127,7 +131,8 @@ def test_large_scores(place):
     q, k, _ = make_qkv(Case(1, 2, 1, 100, 300, 64), place)
     q = q * 100
     columns, offsets = sparseattn.estimate_vertical_slash(
-        q, k, num_columns=12, num_offsets=14, sink=2, local=3)
+        q, k, num_columns=12, num_offsets=14, sink=2, local=3
+    )
     exact = reference.vertical_slash_mass(q, k)
     # Almost all mass is on few keys; ranks below are underflow, so compare the mass captured.
     for got, mass in zip((columns, offsets), exact, strict=True):
@@ -140,12 +145,14 @@ def test_large_scores(place):
 def test_strides(layout, place):
     q, k, _ = make_qkv(Case(2, 4, 2, 130, 300, 64), place)
     moved = [relayout(x, layout) for x in (q, k)]
-    options = dict(num_columns=40, num_offsets=110)
+    options = {"num_columns": 40, "num_offsets": 110}
     expected = sparseattn.estimate_vertical_slash(q, k, **options)
     got = sparseattn.estimate_vertical_slash(*moved, **options)
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
-    assert torch.equal(sparseattn.estimate_block_sparse(*moved, top_k=2),
-                       sparseattn.estimate_block_sparse(q, k, top_k=2))
+    assert torch.equal(
+        sparseattn.estimate_block_sparse(*moved, top_k=2),
+        sparseattn.estimate_block_sparse(q, k, top_k=2),
+    )
 
 
 def check_blocks(got: Tensor, scores: Tensor, top_k: int) -> None:
@@ -192,7 +199,7 @@ def test_equal_block_scores_rank_by_index(place):
     got = sparseattn.estimate_block_sparse(q * 0, k, top_k=3)
     expected = torch.zeros(10, 10, dtype=torch.bool)
     for row in range(10):
-        chosen = [row] + [j for j in range(10) if j < row][:2]
+        chosen = [row, *[j for j in range(10) if j < row][:2]]
         expected[row, chosen] = True
     assert torch.equal(got.cpu(), expected.expand(1, 2, 10, 10))
 

@@ -3,33 +3,56 @@
 from __future__ import annotations
 
 import pytest
-import sparseattn
 import torch
 from helpers import LAYOUTS, Case, Place, check_attention, full_mask, make_qkv, relayout
+
+import sparseattn
 from sparseattn import AShape, BlockSparse, Dense, VerticalSlash, reference
 
 MIXES = {
-    "all-kinds": [VerticalSlash(40, 110), Dense(), BlockSparse(2), AShape(10, 100),
-                  VerticalSlash(150, 60), AShape(0, 65), BlockSparse(1), VerticalSlash(5, 200)],
+    "all-kinds": [
+        VerticalSlash(40, 110),
+        Dense(),
+        BlockSparse(2),
+        AShape(10, 100),
+        VerticalSlash(150, 60),
+        AShape(0, 65),
+        BlockSparse(1),
+        VerticalSlash(5, 200),
+    ],
     "all-dense": [Dense()] * 8,
     "all-a-shape": [AShape(h, 10 * h) for h in range(8)],
     "all-vertical-slash": [VerticalSlash(30 + h, 100 + 5 * h) for h in range(8)],
     "all-block-sparse": [BlockSparse(1 + h % 3) for h in range(8)],
-    "empty-heads": [AShape(0, 0), VerticalSlash(0, 0), Dense(), VerticalSlash(0, 101),
-                    VerticalSlash(35, 0), AShape(0, 0), BlockSparse(1), VerticalSlash(0, 0)],
+    "empty-heads": [
+        AShape(0, 0),
+        VerticalSlash(0, 0),
+        Dense(),
+        VerticalSlash(0, 101),
+        VerticalSlash(35, 0),
+        AShape(0, 0),
+        BlockSparse(1),
+        VerticalSlash(0, 0),
+    ],
 }
-CASES = [Case(2, 8, 2, 239, 301, 64), Case(1, 8, 8, 64, 500, 128), Case(1, 8, 1, 400, 400, 96),
-         Case(2, 8, 4, 1, 90, 64)]
+CASES = [
+    Case(2, 8, 2, 239, 301, 64),
+    Case(1, 8, 8, 64, 500, 128),
+    Case(1, 8, 1, 400, 400, 96),
+    Case(2, 8, 4, 1, 90, 64),
+]
 
 
 def one_head(q, k, v, pattern, head: int):
     """A head of sparse_attention, composed from the single-pattern operators."""
     if isinstance(pattern, AShape):
-        both = sparseattn.a_shape_attention(q, k, v, sink=pattern.sink, window=pattern.window,
-                                            return_lse=True)
+        both = sparseattn.a_shape_attention(
+            q, k, v, sink=pattern.sink, window=pattern.window, return_lse=True
+        )
     elif isinstance(pattern, VerticalSlash):
-        lists = sparseattn.estimate_vertical_slash(q, k, num_columns=pattern.columns,
-                                                   num_offsets=pattern.offsets)
+        lists = sparseattn.estimate_vertical_slash(
+            q, k, num_columns=pattern.columns, num_offsets=pattern.offsets
+        )
         both = sparseattn.vertical_slash_attention(q, k, v, *lists, return_lse=True)
     elif isinstance(pattern, BlockSparse):
         blocks = sparseattn.estimate_block_sparse(q, k, top_k=pattern.top_k)
@@ -73,7 +96,7 @@ def separable(place: Place, q_len: int, kv_len: int):
 @pytest.mark.parametrize("q_len, kv_len", [(200, 200), (129, 300)])
 def test_against_oracle(q_len, kv_len, place):
     """End to end, estimates included, on inputs whose selection is clear."""
-    case, q, k, v = separable(place, q_len, kv_len)
+    _case, q, k, v = separable(place, q_len, kv_len)
     patterns = [VerticalSlash(45, 0), BlockSparse(2), AShape(4, 40), Dense()]
     mask = reference.pattern_mask(q, k, patterns)
     out, lse = sparseattn.sparse_attention(q, k, v, patterns, return_lse=True)
@@ -94,9 +117,11 @@ def test_scale_reaches_every_kind(place):
     lists = sparseattn.estimate_vertical_slash(q, k, num_columns=35, num_offsets=105)
     blocks = sparseattn.estimate_block_sparse(q, k, top_k=2)
     assert torch.equal(
-        out[:, 0], sparseattn.vertical_slash_attention(q, k, v, *lists, scale=0.3)[:, 0])
+        out[:, 0], sparseattn.vertical_slash_attention(q, k, v, *lists, scale=0.3)[:, 0]
+    )
     assert torch.equal(
-        out[:, 1], sparseattn.block_sparse_attention(q, k, v, blocks, scale=0.3)[:, 1])
+        out[:, 1], sparseattn.block_sparse_attention(q, k, v, blocks, scale=0.3)[:, 1]
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -104,8 +129,7 @@ def test_strides(layout, place):
     case = Case(2, 8, 4, 130, 230, 64)
     q, k, v = make_qkv(case, place)
     expected = sparseattn.sparse_attention(q, k, v, MIXES["all-kinds"])
-    got = sparseattn.sparse_attention(
-        *(relayout(x, layout) for x in (q, k, v)), MIXES["all-kinds"])
+    got = sparseattn.sparse_attention(*(relayout(x, layout) for x in (q, k, v)), MIXES["all-kinds"])
     assert torch.equal(got, expected), "strides change no bit"
 
 
@@ -121,8 +145,10 @@ def test_full_patterns_are_dense(place):
 def test_patterns_may_be_a_tuple(main_place):
     q, k, v = make_qkv(Case(1, 2, 1, 70, 70, 64), main_place)
     patterns = [AShape(4, 40), BlockSparse(1)]
-    assert torch.equal(sparseattn.sparse_attention(q, k, v, tuple(patterns)),
-                       sparseattn.sparse_attention(q, k, v, patterns))
+    assert torch.equal(
+        sparseattn.sparse_attention(q, k, v, tuple(patterns)),
+        sparseattn.sparse_attention(q, k, v, patterns),
+    )
 
 
 def test_torch_op_takes_flat_patterns(main_place):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sparseattn
 import torch
 from helpers import (
     Case,
@@ -16,6 +15,8 @@ from helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+
+import sparseattn
 from sparseattn import reference
 
 SEEDS = st.integers(0, 2**16)
@@ -82,7 +83,8 @@ def test_block_rule(main_place, drawn, block_q, block_kv, seed):
 
     def attend(q, k, v):
         return sparseattn.block_sparse_attention(
-            q, k, v, blocks, block_q=block_q, block_kv=block_kv, return_lse=True)
+            q, k, v, blocks, block_q=block_q, block_kv=block_kv, return_lse=True
+        )
 
     check_mask(attend, mask, case, main_place)
 
@@ -100,7 +102,8 @@ def test_lists_are_sets(main_place, drawn, num_columns, num_offsets, seed):
         other.append(padded[..., torch.randperm(padded.shape[-1], generator=gen)])
     results = [
         sparseattn.vertical_slash_attention(
-            q, k, v, *(x.to(main_place.device) for x in pair), return_lse=True)
+            q, k, v, *(x.to(main_place.device) for x in pair), return_lse=True
+        )
         for pair in (lists, other)
     ]
     assert torch.equal(results[0][0], results[1][0])
@@ -113,7 +116,8 @@ def test_errors_stay_within_the_bound(place, drawn, num_columns, num_offsets, se
     q, k, v = make_qkv(case, place, seed)
     lists = random_lists(case, num_columns, num_offsets, seed)
     out, lse = sparseattn.vertical_slash_attention(
-        q, k, v, *(x.to(place.device) for x in lists), return_lse=True)
+        q, k, v, *(x.to(place.device) for x in lists), return_lse=True
+    )
     check_attention(out, lse, q, k, v, vertical_slash_masks(case, *lists).to(place.device))
 
 
@@ -135,12 +139,14 @@ def test_appended_rows_see_what_the_whole_call_sees(main_place, drawn, tiles, se
 
 
 @given(lengths(300), st.integers(0, 120), st.integers(0, 120), st.integers(1, 64), SEEDS)
-def test_estimates_are_sorted_sets_within_the_prompt(main_place, drawn, num_columns, num_offsets,
-                                                     last_q, seed):
+def test_estimates_are_sorted_sets_within_the_prompt(
+    main_place, drawn, num_columns, num_offsets, last_q, seed
+):
     q_len, kv_len = drawn
-    q, k, v = make_qkv(Case(2, 2, 1, q_len, kv_len, 64), main_place, seed)
+    q, k, _v = make_qkv(Case(2, 2, 1, q_len, kv_len, 64), main_place, seed)
     found = sparseattn.estimate_vertical_slash(
-        q, k, num_columns=num_columns, num_offsets=num_offsets, last_q=last_q, sink=5, local=9)
+        q, k, num_columns=num_columns, num_offsets=num_offsets, last_q=last_q, sink=5, local=9
+    )
     for values, count, forced in zip(found, (num_columns, num_offsets), (5, 9), strict=True):
         kept = min(count, kv_len)
         assert values.shape == (2, 2, count)
@@ -156,8 +162,12 @@ def test_dense_is_every_patterns_limit(main_place, drawn, seed):
     q_len, kv_len = drawn
     case = Case(1, 4, 2, q_len, kv_len, 64)
     q, k, v = make_qkv(case, main_place, seed)
-    patterns = [sparseattn.Dense(), sparseattn.AShape(0, kv_len),
-                sparseattn.VerticalSlash(0, kv_len), sparseattn.BlockSparse(-(-kv_len // 64))]
+    patterns = [
+        sparseattn.Dense(),
+        sparseattn.AShape(0, kv_len),
+        sparseattn.VerticalSlash(0, kv_len),
+        sparseattn.BlockSparse(-(-kv_len // 64)),
+    ]
     out, lse = sparseattn.sparse_attention(q, k, v, patterns, return_lse=True)
     mask = full_mask(reference.dense_mask(q_len, kv_len, main_place.device), case)
     check_attention(out, lse, q, k, v, mask)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from helpers import Case, Place, make_qkv, random_lists
+
 from sparseattn import reference
 from sparseattn.patterns import AShape, BlockSparse, Dense, VerticalSlash
 
@@ -74,11 +75,14 @@ def test_attention_by_hand():
     out, lse = reference.masked_attention(q, k, v, mask)
     first = [math.exp(0.5), math.exp(-1.0)]
     second = [math.exp(1.0), math.exp(4.0)]
-    expected = [(10 * first[0] + 20 * first[1]) / sum(first),
-                (10 * second[0] + 30 * second[1]) / sum(second)]
+    expected = [
+        (10 * first[0] + 20 * first[1]) / sum(first),
+        (10 * second[0] + 30 * second[1]) / sum(second),
+    ]
     assert out.flatten().tolist() == pytest.approx(expected, rel=1e-12)
     assert lse.flatten().tolist() == pytest.approx(
-        [math.log(sum(first)), math.log(sum(second))], rel=1e-12)
+        [math.log(sum(first)), math.log(sum(second))], rel=1e-12
+    )
 
 
 def test_attention_agrees_with_torch():
@@ -86,7 +90,8 @@ def test_attention_agrees_with_torch():
     mask = torch.rand(2, 6, 50, 80, generator=torch.Generator().manual_seed(1)) < 0.5
     mask[..., 0] = True
     expected = torch.nn.functional.scaled_dot_product_attention(
-        q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), attn_mask=mask, scale=0.3)
+        q, k.repeat_interleave(3, 1), v.repeat_interleave(3, 1), attn_mask=mask, scale=0.3
+    )
     out, lse = reference.masked_attention(q, k, v, mask, scale=0.3)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     scores = (q @ k.repeat_interleave(3, 1).mT * 0.3).masked_fill(~mask, -math.inf)
@@ -112,7 +117,8 @@ def test_measures():
     dense = reference.dense_mask(30, 50)
     assert reference.density(dense) == 1.0
     assert reference.density(dense & (torch.arange(50) < 10)) == pytest.approx(
-        300 / sum(range(21, 51)))
+        300 / sum(range(21, 51))
+    )
     torch.testing.assert_close(reference.mass_kept(q, k, dense), torch.ones(2, 4).double())
     mask = torch.rand(2, 4, 30, 50, generator=torch.Generator().manual_seed(1)) < 0.5
     scores = (q @ k.repeat_interleave(2, 1).mT / 4).masked_fill(~dense, -math.inf)
@@ -138,8 +144,9 @@ def test_masses_pair_by_pair():
 def test_selection_order_forced_and_pads():
     q = torch.zeros(1, 1, 1, 16)
     k = torch.randn(1, 1, 6, 16, generator=torch.Generator().manual_seed(0))
-    columns, offsets = reference.estimate_vertical_slash(q, k, num_columns=3, num_offsets=9,
-                                                         sink=0, local=0)
+    columns, offsets = reference.estimate_vertical_slash(
+        q, k, num_columns=3, num_offsets=9, sink=0, local=0
+    )
     assert columns.tolist() == [[[0, 1, 2]]], "equal masses rank by the smaller index"
     assert offsets.tolist() == [[[0, 1, 2, 3, 4, 5, -1, -1, -1]]]
     q = -30 * k[:, :, :1]  # all mass away from key 0
@@ -159,7 +166,10 @@ def test_block_estimate():
     mask = reference.estimate_block_sparse(q, k, top_k=5)
     assert mask.sum(-1).unique().tolist() == [4, 5]
     assert reference.estimate_block_sparse(q, k, top_k=1)[0, 0].nonzero().tolist() == [
-        [0, 2], [1, 3], [2, 4]]
+        [0, 2],
+        [1, 3],
+        [2, 4],
+    ]
 
 
 def test_operator_forms():
@@ -167,7 +177,7 @@ def test_operator_forms():
     q, k, v = make_qkv(case, CPU)
     columns, offsets = random_lists(case, 10, 9, seed=0)
     patterns = [Dense(), AShape(4, 20), VerticalSlash(120, 30), BlockSparse(2)]
-    out, lse = reference.sparse_attention(q, k, v, patterns, return_lse=True)
+    out, _lse = reference.sparse_attention(q, k, v, patterns, return_lse=True)
     mask = reference.pattern_mask(q, k, patterns)
     assert torch.equal(out, reference.masked_attention(q, k, v, mask)[0])
     estimated = reference.estimate_vertical_slash(q, k, num_columns=120, num_offsets=30)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import sparseattn
 import torch
 from helpers import Case, Place, make_qkv, random_blocks, random_lists
+
+import sparseattn
 from sparseattn import AShape, BlockSparse, Dense, VerticalSlash
 
 CASE = Case(2, 4, 2, 100, 130, 64)
@@ -33,17 +34,17 @@ def inputs(op: str, place: Place, case: Case = CASE) -> tuple[tuple, dict]:
     """Positional and keyword arguments of torch.ops.sparseattn.<op>."""
     q, k, v = make_qkv(case, place)
     if op == "a_shape_attention":
-        return (q, k, v), dict(sink=4, window=20)
+        return (q, k, v), {"sink": 4, "window": 20}
     if op == "vertical_slash_attention":
         lists = random_lists(case, 20, 10, seed=0)
         return (q, k, v, *(x.to(place.device) for x in lists)), {}
     if op == "block_sparse_attention":
-        return (q, k, v, random_blocks(case, 64, 128, seed=0).to(place.device)), dict(block_kv=128)
+        return (q, k, v, random_blocks(case, 64, 128, seed=0).to(place.device)), {"block_kv": 128}
     if op == "sparse_attention":
         return (q, k, v, FLAT), {}
     if op == "estimate_vertical_slash":
-        return (q, k), dict(num_columns=40, num_offsets=110)
-    return (q, k), dict(top_k=2)
+        return (q, k), {"num_columns": 40, "num_offsets": 110}
+    return (q, k), {"top_k": 2}
 
 
 def torch_op(op: str):
@@ -62,7 +63,7 @@ def test_schema(op):
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op, main_place):
     args, options = inputs(op, main_place)
-    variants = [{}, dict(return_lse=True)] if op.endswith("attention") else [{}]
+    variants = [{}, {"return_lse": True}] if op.endswith("attention") else [{}]
     for more in variants:
         torch.library.opcheck(torch_op(op), args, options | more)
 
@@ -73,7 +74,7 @@ def test_fake_kernels_tell_sizes_and_strides(op, main_place):
         if op == "sparse_attention" and case is not CASE:
             continue
         args, options = inputs(op, main_place, case)
-        options |= dict(return_lse=True) if op.endswith("attention") else {}
+        options |= {"return_lse": True} if op.endswith("attention") else {}
         real = tensors(torch_op(op)(*args, **options))
         fake = [x.to("meta") if isinstance(x, torch.Tensor) else x for x in args]
         fake = tensors(torch_op(op)(*fake, **options))
@@ -120,8 +121,9 @@ def test_inductor():
     pytest.importorskip("triton")
     torch._dynamo.reset()
     args, _ = inputs("vertical_slash_attention", Place("cuda", torch.bfloat16))
-    for got, expected in zip(torch.compile(composed, fullgraph=True)(*args), composed(*args),
-                             strict=True):
+    for got, expected in zip(
+        torch.compile(composed, fullgraph=True)(*args), composed(*args), strict=True
+    ):
         torch.testing.assert_close(got, expected, rtol=2**-7, atol=2**-7)
 
 

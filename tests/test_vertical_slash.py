@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import sparseattn
 import torch
 from helpers import (
     CASES,
@@ -20,20 +19,24 @@ from helpers import (
     relayout,
     vertical_slash_masks,
 )
-from sparseattn import reference
 from torch import Tensor
+
+import sparseattn
+from sparseattn import reference
 
 
 def attend(q, k, v, columns, offsets, **options):
     return sparseattn.vertical_slash_attention(
-        q, k, v, columns, offsets, return_lse=True, **options)
+        q, k, v, columns, offsets, return_lse=True, **options
+    )
 
 
 def lists_of(case: Case, columns, offsets, device: str) -> tuple[Tensor, Tensor]:
     """The same lists for every head, stride 0."""
     shape = (case.batch, case.q_heads, -1)
-    return tuple(torch.tensor(x, dtype=torch.int32, device=device).expand(shape)
-                 for x in (columns, offsets))
+    return tuple(
+        torch.tensor(x, dtype=torch.int32, device=device).expand(shape) for x in (columns, offsets)
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -59,6 +62,8 @@ EDGES = [
     ([], [0, 63, 127]),
     ([], [10, 11, 12, 80, 150, 151]),
     ([], [170, 199, 200, 201, 230, 262, 263, 264]),
+    ([], [201]),
+    ([], [240]),
     ([0], []),
     ([0, 63, 64, 127, 128, 199], []),
     (list(range(200)), []),
@@ -74,8 +79,12 @@ def test_mask_to_the_key(columns, offsets, main_place):
     for case in [Case(1, 1, 1, 200, 200, 128), Case(1, 2, 1, 75, 201, 128)]:
         lists = lists_of(case, columns, offsets, main_place.device)
         mask = reference.vertical_slash_mask(case.q_len, case.kv_len, columns, offsets)
-        check_mask(lambda q, k, v: attend(q, k, v, *lists),  # noqa: B023
-                   full_mask(mask, case).to(main_place.device), case, main_place)
+        check_mask(
+            lambda q, k, v: attend(q, k, v, *lists),  # noqa: B023
+            full_mask(mask, case).to(main_place.device),
+            case,
+            main_place,
+        )
 
 
 def test_every_slash_alignment(main_place):
@@ -185,8 +194,14 @@ def test_masked_finite_values_have_no_influence(place):
         columns, offsets = random_lists(case, 20, 9, seed)
         mask = vertical_slash_masks(case, columns, offsets).to(place.device)
         lists = columns.to(place.device), offsets.to(place.device)
-        check_no_influence(lambda q, k, v: attend(q, k, v, *lists),  # noqa: B023
-                           q, k, v, mask, seed)
+        check_no_influence(
+            lambda q, k, v: attend(q, k, v, *lists),  # noqa: B023
+            q,
+            k,
+            v,
+            mask,
+            seed,
+        )
 
 
 def test_disjoint_columns_merge(place):

@@ -142,8 +142,10 @@ float check_scale(std::optional<double> scale, const Shape& shape) {
 }
 
 int32_t check_size(const char* name, int64_t value, int64_t minimum) {
-  if (value < minimum) value_error(name, ": expected ", name, " >= ", minimum, ", got ", value);
-  return static_cast<int32_t>(std::min<int64_t>(value, INT32_MAX));
+  if (value < minimum || value > INT32_MAX) {
+    value_error(name, ": expected ", minimum, " <= ", name, " < 2^31, got ", value);
+  }
+  return static_cast<int32_t>(value);
 }
 
 void check_block(const char* name, int64_t block) {
@@ -185,8 +187,8 @@ void check_block_mask(const Tensor& mask, const Tensor& q, const Shape& shape, i
 
 std::vector<Pattern> check_patterns(const std::vector<int64_t>& flat, const Shape& shape) {
   if (flat.size() != 3 * static_cast<size_t>(shape.q_heads)) {
-    value_error("patterns: expected one (code, a, b) triple for each of the ", shape.q_heads,
-                " query heads, ", 3 * shape.q_heads, " numbers, got ", flat.size());
+    value_error("patterns: expected one pattern for each of the ", shape.q_heads,
+                " query heads (three numbers each), got ", flat.size(), " numbers");
   }
   std::vector<Pattern> patterns(shape.q_heads);
   for (int32_t head = 0; head < shape.q_heads; ++head) {

@@ -57,7 +57,7 @@ View view_of(const Tensor& tensor);
 /// A given scale, or 1/sqrt(head_dim).
 float check_scale(std::optional<double> scale, const Shape& shape);
 
-/// A size argument: minimum <= value; larger values than int32 holds are cut to INT32_MAX.
+/// A size argument: minimum <= value < 2^31.
 int32_t check_size(const char* name, int64_t value, int64_t minimum);
 void check_block(const char* name, int64_t block);
 /// Index lists [batch, q_heads, n], int32 or int64, on q's device.

@@ -147,12 +147,11 @@ def measure_layer(
             }
         )
         if h in picture_heads:
-            attention = plots.shrink(attention_rows(qh, kh, drawn, scale))
             pictures.append(
                 plots.HeadPicture(
                     f"head {h}: {name}\ndensity {density:.1%}, mass kept {float(kept):.1%}",
-                    plots.brightness(attention),
-                    plots.shrink(visited.rows(drawn)),
+                    plots.attention_image(attention_rows(qh, kh, drawn, scale)),
+                    plots.pattern_image(visited.rows(drawn)),
                 )
             )
     layer = {

@@ -17,6 +17,7 @@ key has output 0 and LSE -inf. ``scale`` defaults to ``1/sqrt(head_dim)``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,9 @@ from . import _library  # noqa: F401  (loads the operators)
 from .patterns import PATTERNS, Pattern
 
 _ops = torch.ops.sparseattn
+_SCHEMA_ERROR = re.compile(
+    r"Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'"
+)
 _ERRORS = {"ValueError: ": ValueError, "TypeError: ": TypeError}
 
 
@@ -42,8 +46,10 @@ def _call(op: Any, *args: Any, **kwargs: Any) -> Any:
             _, found, rest = text.partition(marker)
             if found:
                 raise kind(rest.splitlines()[0]) from None
-        if "Expected a value of type" in text:  # torch's own check of the schema
-            raise TypeError(text.splitlines()[0]) from None
+        refused = _SCHEMA_ERROR.search(text)  # torch's own check of the schema
+        if refused:
+            expected, name, found = refused.groups()
+            raise TypeError(f"{name}: expected {expected}, got {found}") from None
         raise
 
 
@@ -147,13 +153,17 @@ def sparse_attention(
     to 3). No host sync on CUDA.
     """
     pair = _call(
-        _ops.sparse_attention, q, k, v, flatten(patterns, q), scale=scale, return_lse=return_lse
+        _ops.sparse_attention, q, k, v, flatten(patterns), scale=scale, return_lse=return_lse
     )
     return _result(pair, return_lse)
 
 
-def flatten(patterns: Sequence[Pattern], q: Tensor | None = None) -> list[int]:
-    """Patterns as the flat (code, a, b) triples that ``torch.ops.sparseattn.sparse_attention`` takes."""
+def flatten(patterns: Sequence[Pattern]) -> list[int]:
+    """Patterns as the flat (code, a, b) triples of ``torch.ops.sparseattn.sparse_attention``."""
+    if not isinstance(patterns, Sequence):
+        raise TypeError(
+            f"patterns: expected a sequence of patterns, got {type(patterns).__name__}"
+        )
     flat: list[int] = []
     kinds = tuple(PATTERNS.values())
     for head, pattern in enumerate(patterns):
@@ -163,11 +173,6 @@ def flatten(patterns: Sequence[Pattern], q: Tensor | None = None) -> list[int]:
                 f"{head}, got {type(pattern).__name__}"
             )
         flat += (pattern.code, *pattern.sizes())
-    if q is not None and q.dim() == 4 and len(flat) != 3 * q.shape[1]:
-        raise ValueError(
-            f"patterns: expected one pattern for each of the {q.shape[1]} query heads, "
-            f"got {len(flat) // 3}"
-        )
     return flat
 
 

@@ -20,17 +20,24 @@ class HeadPicture:
     pattern: Tensor
 
 
-def shrink(values: Tensor) -> Tensor:
-    """[rows, kv_len] as fp32 [rows, PIXELS] on the CPU; a pixel is the largest of its keys."""
+def _pixels(values: Tensor) -> Tensor:
+    """[rows, kv_len] as fp32 [rows, PIXELS, keys of a pixel] on the CPU, zeros at the end."""
     rows, kv_len = values.shape
     width = -(-kv_len // PIXELS)
     padded = torch.nn.functional.pad(values.float(), (0, width * PIXELS - kv_len))
-    return padded.view(rows, PIXELS, width).amax(-1).cpu()
+    return padded.view(rows, PIXELS, width).cpu()
 
 
-def brightness(attention: Tensor) -> Tensor:
-    """Weights as log shades in [0, 1]: five decades below each row's largest."""
-    share = attention / attention.amax(-1, keepdim=True)
+def pattern_image(visited: Tensor) -> Tensor:
+    """bool [rows, kv_len] as shades: the root of the share of a pixel's keys that are visited, so
+    that single columns show without looking like whole blocks."""
+    return _pixels(visited).mean(-1).sqrt()
+
+
+def attention_image(attention: Tensor) -> Tensor:
+    """Weights [rows, kv_len] as log shades: a pixel's largest, five decades below its row's."""
+    largest = _pixels(attention).amax(-1)
+    share = largest / largest.amax(-1, keepdim=True)
     return 1 + share.clamp(min=1e-5).log10() / 5
 
 

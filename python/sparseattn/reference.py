@@ -55,8 +55,9 @@ def vertical_slash_mask(
     at distance ``d = e - 1 - k``, so it is covered iff some offset lies in ``d - 63 .. d``, which
     is the same for every tile. Values that select no key (-1 pads among them) are dropped.
     """
-    columns, offsets = (torch.as_tensor(x, dtype=torch.int64, device=device)
-                        for x in (columns, offsets))
+    columns, offsets = (
+        torch.as_tensor(x, dtype=torch.int64, device=device) for x in (columns, offsets)
+    )
     column = torch.zeros(kv_len, dtype=torch.bool, device=columns.device)
     column[columns[(columns >= 0) & (columns < kv_len)]] = True
 
@@ -291,16 +292,19 @@ def _row_chunks(mask: Tensor) -> Iterator[slice]:
 
 
 def _vertical_slash_masks(q_len: int, kv_len: int, columns: Tensor, offsets: Tensor) -> Tensor:
-    masks = [vertical_slash_mask(q_len, kv_len, c, o)
-             for c, o in zip(columns.flatten(0, 1), offsets.flatten(0, 1), strict=True)]
+    masks = [
+        vertical_slash_mask(q_len, kv_len, c, o)
+        for c, o in zip(columns.flatten(0, 1), offsets.flatten(0, 1), strict=True)
+    ]
     return torch.stack(masks).unflatten(0, columns.shape[:2])
 
 
 def _block_sparse_masks(
     q_len: int, kv_len: int, block_mask: Tensor, block_q: int, block_kv: int
 ) -> Tensor:
-    masks = [block_sparse_mask(q_len, kv_len, m, block_q, block_kv)
-             for m in block_mask.flatten(0, 1)]
+    masks = [
+        block_sparse_mask(q_len, kv_len, m, block_q, block_kv) for m in block_mask.flatten(0, 1)
+    ]
     return torch.stack(masks).unflatten(0, block_mask.shape[:2])
 
 
