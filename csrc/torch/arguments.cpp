@@ -57,6 +57,7 @@ void check_device(const char* name, const Tensor& tensor, const Tensor& q) {
 }
 
 void check_operand(const char* name, const char* shape, const Tensor& tensor, const Tensor& q) {
+  if (!tensor.defined()) type_error(name, ": expected a tensor, got None");
   if (tensor.dim() != 4) {
     value_error(name, ": expected 4 dimensions ", shape, ", got ", sizes_name(tensor));
   }
@@ -74,9 +75,6 @@ void check_operand(const char* name, const char* shape, const Tensor& tensor, co
 }  // namespace
 
 Shape check_qkv(const Support& support, const Tensor& q, const Tensor& k, const Tensor* v) {
-  if (q.dim() != 4) {
-    value_error("q: expected 4 dimensions [batch, q_heads, q_len, head_dim], got ", sizes_name(q));
-  }
   check_operand("q", "[batch, q_heads, q_len, head_dim]", q, q);
   check_operand("k", "[batch, kv_heads, kv_len, head_dim]", k, q);
   if (v != nullptr) check_operand("v", "[batch, kv_heads, kv_len, head_dim]", *v, q);
@@ -153,6 +151,7 @@ void check_block(const char* name, int64_t block) {
 }
 
 void check_list(const char* name, const Tensor& list, const Tensor& q) {
+  if (!list.defined()) type_error(name, ": expected a tensor, got None");
   const auto dtype = list.scalar_type();
   if (dtype != ScalarType::Int && dtype != ScalarType::Long) {
     type_error(name, ": expected dtype torch.int32 or torch.int64, got ", dtype_name(dtype));
@@ -171,6 +170,7 @@ void check_block_mask(const Tensor& mask, const Tensor& q, const Shape& shape, i
                       int64_t block_kv) {
   check_block("block_q", block_q);
   check_block("block_kv", block_kv);
+  if (!mask.defined()) type_error("block_mask: expected a tensor, got None");
   if (mask.scalar_type() != ScalarType::Bool) {
     type_error("block_mask: expected dtype torch.bool, got ", dtype_name(mask.scalar_type()));
   }

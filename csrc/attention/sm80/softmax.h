@@ -41,17 +41,31 @@ struct OnlineSoftmax {
   /// Turns scores into probabilities, rescales `acc` to the new maximum.
   template <class Scores, class Accumulator>
   __device__ __forceinline__ void step(Scores& scores, Accumulator& acc, float scale_log2) {
+    using namespace cute;
+    float rescale[kTiles][2];
+    bool changed = false;
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
+    for (int i = 0; i < 2 * kTiles; ++i) {
+      rescale[i / 2][i % 2] = step_row(scores, scale_log2, i / 2, i % 2);
+      changed = changed || rescale[i / 2][i % 2] != 1.f;
+    }
+    // Past the first steps of a tile a new maximum is rare.
+    if (!__any_sync(~0u, changed)) return;
 #pragma unroll
-      for (int row = 0; row < 2; ++row) step_row(scores, acc, scale_log2, tile, row);
+    for (int n = 0; n < size<2>(acc); ++n) {
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        acc(make_coord(0, i % 2), i / 2, n) *= rescale[i / 2][i % 2];
+        acc(make_coord(1, i % 2), i / 2, n) *= rescale[i / 2][i % 2];
+      }
     }
   }
 
  private:
-  template <class Scores, class Accumulator>
-  __device__ __forceinline__ void step_row(Scores& scores, Accumulator& acc, float scale_log2,
-                                           int tile, int row) {
+  /// Returns the factor from the old maximum to the new one. It is exactly 1 where the maximum
+  /// stays: a rounding error here would compound over the thousands of steps of a long row.
+  template <class Scores>
+  __device__ __forceinline__ float step_row(Scores& scores, float scale_log2, int tile, int row) {
     using namespace cute;
     const auto left = make_coord(0, row), right = make_coord(1, row);
     float high = max[tile][row];
@@ -61,8 +75,9 @@ struct OnlineSoftmax {
     }
     high = quad_max(high);
     // A row that has seen nothing yet keeps -inf as its maximum; 0 stands in for it below.
-    const float shift = high == -INFINITY ? 0.f : high * scale_log2;
-    const float rescale = exp2_approx(fmaf(max[tile][row], scale_log2, -shift));
+    const float safe = high == -INFINITY ? 0.f : high;
+    const float shift = safe * scale_log2;
+    const float rescale = exp2_approx((max[tile][row] - safe) * scale_log2);
     max[tile][row] = high;
     float total = 0.f;
 #pragma unroll
@@ -72,11 +87,7 @@ struct OnlineSoftmax {
       total += scores(left, tile, n) + scores(right, tile, n);
     }
     sum[tile][row] = fmaf(sum[tile][row], rescale, total);
-#pragma unroll
-    for (int n = 0; n < size<2>(acc); ++n) {
-      acc(left, tile, n) *= rescale;
-      acc(right, tile, n) *= rescale;
-    }
+    return rescale;
   }
 };
 
