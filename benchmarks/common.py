@@ -130,7 +130,7 @@ class Timer:
         least: int = 3,
         most: int = 20,
     ) -> Timing:
-        """Runs ``call`` ``warm_up`` times, then ``least`` to ``most`` times within ``budget_ms``."""
+        """``warm_up`` untimed calls, then ``least`` to ``most`` timed ones within ``budget_ms``."""
         for _ in range(max(1, warm_up)):
             guess = self._run(call, 1)[0]
         repeats = int(min(most, max(least, budget_ms / max(guess, 1e-3))))
@@ -201,8 +201,8 @@ def structured_qk(
       log-spaced from 256 to 8 M tokens. The part depends on ``p - k`` alone: 14 at most, largest
       near 0, falling about with log distance, with ripples whose tops make runs of offsets. Every
       query head weights and shifts the frequencies in its own way.
-    * Columns: one dimension. Keys 0 to 3 add 6, and about one key in 64 an exponential draw of
-      mean 1.5 (at most 6), the same for all rows.
+    * Columns: one dimension. Keys 0 to 3 add 8, and about one key in 16 an exponential draw of
+      mean 2 (at most 8), the same for all rows.
     * Content: the other dimensions are normal noise, standard deviation about 0.5 in the score.
     """
     host = torch.Generator().manual_seed(seed)
@@ -233,10 +233,10 @@ def structured_qk(
     weights = (0.5 * spread).exp()
     weights *= pairs / weights.sum(1, keepdim=True)
     phases = 0.3 * torch.randn(heads, pairs, generator=host, dtype=torch.float64)
-    strength = -1.5 * torch.rand(kv_heads, tokens, generator=host).clamp(min=1e-6).log()
-    strength *= torch.rand(kv_heads, tokens, generator=host) < 1 / 64
-    strength[:, :4] = 6.0
-    strength = strength.clamp(max=6.0).to(device)
+    strength = -2.0 * torch.rand(kv_heads, tokens, generator=host).clamp(min=1e-6).log()
+    strength *= torch.rand(kv_heads, tokens, generator=host) < 1 / 16
+    strength[:, :4] = 8.0
+    strength = strength.clamp(max=8.0).to(device)
     flat = torch.zeros(kv_heads, pairs, dtype=torch.float64)
     q = build(heads, phases, weights, torch.full((heads, 1), root, device=device))
     return q, build(kv_heads, flat, torch.ones_like(flat), strength)
@@ -245,7 +245,7 @@ def structured_qk(
 def clustered_indexes(
     tokens: int, num_columns: int, num_offsets: int, heads: int, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """int32 columns ``[1, heads, num_columns]`` and offsets ``[1, heads, num_offsets]``, on the CPU.
+    """int32 columns ``[1, heads, num_columns]``, offsets ``[1, heads, num_offsets]``, on the CPU.
 
     Offsets: the nearest 1000 (if more than 1000 are asked for, else half of them, at least 100),
     then runs of 51 from log-uniform distances until enough are drawn, as offsets of real heads
@@ -389,7 +389,9 @@ def format_table(rows: Sequence[dict[str, Any]], columns: Sequence[tuple[str, st
     texts = [[title for _, title, _ in columns]]
     texts += [[cell(row, key, form) for key, _, form in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    left = [all(not isinstance(row.get(key), (int, float)) for row in rows) for key, _, _ in columns]
+    left = [
+        all(not isinstance(row.get(key), (int, float)) for row in rows) for key, _, _ in columns
+    ]
     lines = []
     for line in texts:
         cells = zip(line, widths, left, strict=True)

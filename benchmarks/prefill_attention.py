@@ -3,8 +3,8 @@
 bf16, batch 1, 32 query heads, 8 key/value heads, D = 128, 32K and 128K tokens. Every time is the
 whole operator call: plan, packing of columns and attention, and for `sparse_attention` the estimate
 too. Attention times do not depend on the values, so the operators with given indexes run on normal
-noise; the estimates run on data whose mass lies on clustered offsets and few columns (`structured_qk`
-in common.py says how), and their density is what they chose there.
+noise; the estimates run on data whose mass lies on clustered offsets and few columns
+(`structured_qk` in common.py says how), and their density is what they chose there.
 
 Operations are 4 * D a selected pair: dense counts half the square, block-sparse whole selected
 blocks, vertical-slash 64-wide tiles of covered keys plus columns outside the cover, a-shape the
@@ -124,9 +124,7 @@ def flash_attention_3(inputs: Inputs) -> Prepared:
 def full_list(inputs: Inputs) -> Prepared:
     q, k, v = inputs.random
     patterns = [Dense()] * inputs.setting.heads
-    return Prepared(
-        lambda: sparseattn.sparse_attention(q, k, v, patterns), inputs.causal, 1.0
-    )
+    return Prepared(lambda: sparseattn.sparse_attention(q, k, v, patterns), inputs.causal, 1.0)
 
 
 def block_sparse(block: int, *, density: float = 1.0, per_row: int | None = None) -> Build:
@@ -145,9 +143,7 @@ def block_sparse(block: int, *, density: float = 1.0, per_row: int | None = None
         n = inputs.tokens // block
         causal_blocks = inputs.setting.heads * n * (n + 1) // 2
         return Prepared(
-            lambda: sparseattn.block_sparse_attention(
-                q, k, v, mask, block_q=block, block_kv=block
-            ),
+            lambda: sparseattn.block_sparse_attention(q, k, v, mask, block_q=block, block_kv=block),
             pairs,
             pairs / (causal_blocks * block * block),
         )
@@ -264,7 +260,7 @@ def measure(arguments: argparse.Namespace, setting: Setting) -> list[dict[str, A
         for name, build in cases(setting, device)
         if not arguments.only or any(part in name for part in arguments.only)
     ]
-    with tqdm(total=len(arguments.lengths) * len(chosen), unit="case") as bar:
+    with tqdm(total=len(arguments.lengths) * len(chosen), unit="case", disable=None) as bar:
         for tokens in arguments.lengths:
             inputs = Inputs(setting, tokens, device, arguments.seed)
             reference: Tensor | None = None
@@ -306,7 +302,7 @@ def measure(arguments: argparse.Namespace, setting: Setting) -> list[dict[str, A
             for r in rows
             if r["tokens"] == row["tokens"] and r["case"].startswith("dense, SDPA") and "ms" in r
         ]
-        if dense and "ms" in row:
+        if dense and "pairs" in row:
             row["times_faster_than_sdpa"] = min(dense) / row["ms"]
     return rows
 
@@ -336,8 +332,9 @@ def parse_arguments() -> tuple[argparse.Namespace, Setting]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="commit to record, where there is no checkout")
     parser.add_argument("--output", type=Path, help="JSON file; default: one in results/")
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU; no file "
-                        "without --output")
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny shapes on the CPU; no file without --output"
+    )
     arguments = parser.parse_args()
     setting = SMOKE if arguments.smoke else Setting()
     arguments.lengths = arguments.lengths or list(setting.lengths)
@@ -353,9 +350,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Setting]:
 
 def main() -> None:
     arguments, setting = parse_arguments()
-    facts = common.machine(
-        torch.device("cpu" if arguments.smoke else "cuda"), arguments.commit
-    )
+    facts = common.machine(torch.device("cpu" if arguments.smoke else "cuda"), arguments.commit)
     rows = measure(arguments, setting)
     print(common.machine_line(facts))
     print(

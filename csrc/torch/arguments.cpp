@@ -219,8 +219,7 @@ VerticalSlashSizes check_vertical_slash_sizes(int64_t num_columns, int64_t num_o
 
 Outputs make_outputs(const Tensor& q, const Shape& shape, bool return_lse) {
   using torch::stable::new_empty;
-  const Tensor storage =
-      new_empty(q, {shape.batch, shape.q_len, shape.q_heads, shape.head_dim});
+  const Tensor storage = new_empty(q, {shape.batch, shape.q_len, shape.q_heads, shape.head_dim});
   Tensor lse = return_lse ? new_empty(q, {shape.batch, shape.q_heads, shape.q_len},
                                       std::make_optional(ScalarType::Float))
                           : new_empty(q, {0}, std::make_optional(ScalarType::Float));

@@ -140,13 +140,14 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v,
          columns.data(), offsets.data()},
         run_parallel));
   }
-  const int64_t q_blocks = ceil_div(shape.q_len, kBlock), kv_blocks = ceil_div(shape.kv_len, kBlock);
+  const int64_t q_blocks = ceil_div(shape.q_len, kBlock),
+                kv_blocks = ceil_div(shape.kv_len, kBlock);
   std::vector<uint8_t> masks(static_cast<size_t>(shape.batch) * bs_count * q_blocks * kv_blocks);
   if (bs_count > 0) {
-    check_status(cpu::estimate_block_sparse(
-        {shape, dtype_of(q), view_of(q), view_of(k), kBlock, bs_count, bs_heads.data(),
-         top_k.data(), most(top_k), masks.data()},
-        run_parallel));
+    check_status(
+        cpu::estimate_block_sparse({shape, dtype_of(q), view_of(q), view_of(k), kBlock, bs_count,
+                                    bs_heads.data(), top_k.data(), most(top_k), masks.data()},
+                                   run_parallel));
   }
 
   std::vector<cpu::HeadIndex> heads;

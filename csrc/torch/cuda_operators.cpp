@@ -15,10 +15,9 @@ namespace sparseattn::torch_layer {
 namespace {
 
 const Support& support() {
-  static const Support kSupport{
-      "cuda",
-      {ScalarType::Half, ScalarType::BFloat16},
-      {std::begin(kHeadDims), std::end(kHeadDims)}};
+  static const Support kSupport{"cuda",
+                                {ScalarType::Half, ScalarType::BFloat16},
+                                {std::begin(kHeadDims), std::end(kHeadDims)}};
   return kSupport;
 }
 
@@ -72,8 +71,8 @@ class Call {
       vs_heads += pattern.kind == PatternKind::kVerticalSlash;
       bs_heads += pattern.kind == PatternKind::kBlockSparse;
     }
-    const PlanSizes sizes{shape,    dtype_of(q_), vs_heads, max_columns, max_offsets,
-                          bs_heads, block_q,      block_kv};
+    const PlanSizes sizes{shape,       dtype_of(q_), vs_heads, max_columns,
+                          max_offsets, bs_heads,     block_q,  block_kv};
     memory_.push_back(scratch(q_, plan_bytes(sizes)));
     plan = carve_plan(sizes, memory_.back().data_ptr());
     check_status(plan_heads(plan, patterns.data(), stream()));
@@ -99,7 +98,7 @@ class Call {
         100, sizes.vs_heads, plan.vs_heads, plan.vs_budget, plan.vs_budget + sizes.vs_heads,
         sizes.max_columns, sizes.max_offsets, columns, offsets});
     const auto as_lists = [&](const int32_t* data, int64_t length) {
-      return IndexLists{data,   false,  static_cast<int32_t>(length), sizes.vs_heads * length,
+      return IndexLists{data,   false, static_cast<int32_t>(length), sizes.vs_heads * length,
                         length, 1};
     };
     use_lists(as_lists(columns, sizes.max_columns), as_lists(offsets, sizes.max_offsets));
@@ -114,10 +113,9 @@ class Call {
 
   std::tuple<Tensor, Tensor> attend(bool return_lse) {
     Outputs outputs = make_outputs(q_, shape, return_lse);
-    check_status(sparse_attention_sm80(
-        {shape, dtype_of(q_), view_of(q_), view_of(k_), view_of(v_), view_of(outputs.out),
-         outputs.lse_data, scale_, plan},
-        stream()));
+    check_status(sparse_attention_sm80({shape, dtype_of(q_), view_of(q_), view_of(k_), view_of(v_),
+                                        view_of(outputs.out), outputs.lse_data, scale_, plan},
+                                       stream()));
     return {outputs.out, outputs.lse};
   }
 
@@ -239,8 +237,7 @@ std::tuple<Tensor, Tensor> estimate_vertical_slash(Tensor q, Tensor k, int64_t n
                                      static_cast<int32_t*>(columns.data_ptr()),
                                      static_cast<int32_t*>(offsets.data_ptr())};
   const Tensor workspace = scratch(q, estimate_vertical_slash_bytes(params));
-  check_status(
-      sparseattn::estimate_vertical_slash(params, workspace.data_ptr(), launch.stream()));
+  check_status(sparseattn::estimate_vertical_slash(params, workspace.data_ptr(), launch.stream()));
   return {columns, offsets};
 }
 

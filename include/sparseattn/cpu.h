@@ -15,17 +15,17 @@ using ParallelFor =
 /// What one query head of one sequence attends to. Only the fields of its kind are read.
 struct HeadIndex {
   PatternKind kind = PatternKind::kDense;
-  int32_t sink = 0;                    // kAShape
-  int32_t window = kNoWindow;          // kAShape
-  const int32_t* columns = nullptr;    // kVerticalSlash: any order, duplicates and values out of
-  const int32_t* offsets = nullptr;    //   range allowed (they select nothing)
-  int32_t num_columns = 0;             //
-  int32_t num_offsets = 0;             //
-  const uint8_t* block_mask = nullptr; // kBlockSparse: [q_blocks, kv_blocks], nonzero is selected
-  int64_t mask_row_stride = 0;         //   bytes
-  int64_t mask_stride = 1;             //   bytes
-  int32_t block_q = 64;                //
-  int32_t block_kv = 64;               //
+  int32_t sink = 0;                     // kAShape
+  int32_t window = kNoWindow;           // kAShape
+  const int32_t* columns = nullptr;     // kVerticalSlash: any order, duplicates and values out of
+  const int32_t* offsets = nullptr;     //   range allowed (they select nothing)
+  int32_t num_columns = 0;              //
+  int32_t num_offsets = 0;              //
+  const uint8_t* block_mask = nullptr;  // kBlockSparse: [q_blocks, kv_blocks], nonzero is selected
+  int64_t mask_row_stride = 0;          //   bytes
+  int64_t mask_stride = 1;              //   bytes
+  int32_t block_q = 64;                 //
+  int32_t block_kv = 64;                //
 };
 
 struct AttentionParams {

@@ -33,13 +33,13 @@ struct HeadTask {
 /// sequence whose pattern is vertical-slash / block-sparse; slot = sequence * heads + ordinal.
 struct PlanSizes {
   Shape shape;
-  DType dtype;           // of keys and values
-  int32_t vs_heads;      //
-  int32_t max_columns;   // entries in a row of the column lists given
-  int32_t max_offsets;   // entries in a row of the offset lists given
-  int32_t bs_heads;      //
-  int32_t block_q;       // 64 or 128 when bs_heads > 0
-  int32_t block_kv;      // 64 or 128 when bs_heads > 0
+  DType dtype;          // of keys and values
+  int32_t vs_heads;     //
+  int32_t max_columns;  // entries in a row of the column lists given
+  int32_t max_offsets;  // entries in a row of the offset lists given
+  int32_t bs_heads;     //
+  int32_t block_q;      // 64 or 128 when bs_heads > 0
+  int32_t block_kv;     // 64 or 128 when bs_heads > 0
 
   constexpr int32_t q_blocks() const { return (shape.q_len + block_q - 1) / block_q; }
   constexpr int32_t kv_blocks() const { return (shape.kv_len + block_kv - 1) / block_kv; }

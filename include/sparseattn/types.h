@@ -26,9 +26,7 @@ struct Shape {
   constexpr int32_t group() const { return q_heads / kv_heads; }
   constexpr int32_t q_tiles() const { return (q_len + kTileRows - 1) / kTileRows; }
   /// One past the last position of query tile `tile` if the tile were full. May exceed kv_len.
-  constexpr int32_t tile_end(int32_t tile) const {
-    return kv_len - q_len + kTileRows * (tile + 1);
-  }
+  constexpr int32_t tile_end(int32_t tile) const { return kv_len - q_len + kTileRows * (tile + 1); }
 };
 
 /// Four-dimensional tensor [batch, heads, rows, head_dim]: element strides, head_dim contiguous.

@@ -73,7 +73,14 @@ def a_shape_attention(
     StreamingLLM's mask (arXiv 2309.17453), one of MInference's patterns (arXiv 2407.02490, 3.1).
     """
     pair = _call(
-        _ops.a_shape_attention, q, k, v, sink=sink, window=window, scale=scale, return_lse=return_lse
+        _ops.a_shape_attention,
+        q,
+        k,
+        v,
+        sink=sink,
+        window=window,
+        scale=scale,
+        return_lse=return_lse,
     )
     return _result(pair, return_lse)
 
@@ -161,9 +168,7 @@ def sparse_attention(
 def flatten(patterns: Sequence[Pattern]) -> list[int]:
     """Patterns as the flat (code, a, b) triples of ``torch.ops.sparseattn.sparse_attention``."""
     if not isinstance(patterns, Sequence):
-        raise TypeError(
-            f"patterns: expected a sequence of patterns, got {type(patterns).__name__}"
-        )
+        raise TypeError(f"patterns: expected a sequence of patterns, got {type(patterns).__name__}")
     flat: list[int] = []
     kinds = tuple(PATTERNS.values())
     for head, pattern in enumerate(patterns):

@@ -164,9 +164,8 @@ struct Consumer {
       Element* out_row = out + query_row * params.out.row_stride + thread % 4 * 2;
 #pragma unroll
       for (int n = 0; n < size<2>(acc); ++n) {
-        const Element pair[2] = {
-            static_cast<Element>(acc(make_coord(0, row), tile, n) * inverse),
-            static_cast<Element>(acc(make_coord(1, row), tile, n) * inverse)};
+        const Element pair[2] = {static_cast<Element>(acc(make_coord(0, row), tile, n) * inverse),
+                                 static_cast<Element>(acc(make_coord(1, row), tile, n) * inverse)};
         *reinterpret_cast<uint32_t*>(out_row + 8 * n) = *reinterpret_cast<const uint32_t*>(pair);
       }
       if (params.lse != nullptr && thread % 4 == 0) {
@@ -224,9 +223,9 @@ __device__ __forceinline__ void attend(const AttentionParams& params,
   const auto refill = [&] {
     __syncthreads();
     if (thread < 32) {
-      const int filled = walker.fill({params.plan, context.task,
-                                      TileScope(params.shape, context.tile), context.tile, thread},
-                                     smem.steps);
+      const int filled = walker.fill(
+          {params.plan, context.task, TileScope(params.shape, context.tile), context.tile, thread},
+          smem.steps);
       if (thread == 0) smem.num_steps = filled;
     }
     __syncthreads();
@@ -282,10 +281,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
       params.plan.heads[static_cast<int64_t>(where.sequence) * shape.q_heads + where.head];
   if (threadIdx.x == 0) set_context(smem.context, params, where, task);
   const int first_query = where.tile * kTileRows;
-  RowCopy<Traits>(threadIdx.x)(smem.query,
-                               head_pointer<Element>(params.q, where.sequence, where.head),
-                               params.q.row_stride, first_query,
-                               min(kTileRows, shape.q_len - first_query));
+  RowCopy<Traits>(threadIdx.x)(
+      smem.query, head_pointer<Element>(params.q, where.sequence, where.head), params.q.row_stride,
+      first_query, min(kTileRows, shape.q_len - first_query));
   cp_async_commit();
   __syncthreads();
   switch (task.kind) {

@@ -40,21 +40,20 @@ struct Traits {
   /// memory at head_dim 128.
   static constexpr int kCtasPerSm = 4;
 
-  using MmaOp = std::conditional_t<std::is_same_v<Element, cutlass::half_t>,
-                                   cute::SM80_16x8x16_F32F16F16F32_TN,
-                                   cute::SM80_16x8x16_F32BF16BF16F32_TN>;
-  using TiledMma =
-      cute::TiledMMA<cute::MMA_Atom<MmaOp>,
-                     cute::Layout<cute::Shape<cute::Int<kWarps>, cute::_1, cute::_1>>,
-                     cute::Tile<cute::Int<16 * kWarps>, cute::_16, cute::_16>>;
+  using MmaOp =
+      std::conditional_t<std::is_same_v<Element, cutlass::half_t>,
+                         cute::SM80_16x8x16_F32F16F16F32_TN, cute::SM80_16x8x16_F32BF16BF16F32_TN>;
+  using TiledMma = cute::TiledMMA<cute::MMA_Atom<MmaOp>,
+                                  cute::Layout<cute::Shape<cute::Int<kWarps>, cute::_1, cute::_1>>,
+                                  cute::Tile<cute::Int<16 * kWarps>, cute::_16, cute::_16>>;
 
   /// Tiles are stored as swizzled atoms of 8 rows x 128 bytes (64 bytes where head_dim is not a
   /// multiple of 64), so that ldmatrix reads eight rows without a bank conflict.
   static constexpr int kAtomCols = kHeadDim % 64 == 0 ? 64 : 32;
-  using SmemAtom = decltype(cute::composition(
-      cute::Swizzle<kAtomCols == 64 ? 3 : 2, 3, 3>{},
-      cute::Layout<cute::Shape<cute::_8, cute::Int<kAtomCols>>,
-                   cute::Stride<cute::Int<kAtomCols>, cute::_1>>{}));
+  using SmemAtom =
+      decltype(cute::composition(cute::Swizzle<kAtomCols == 64 ? 3 : 2, 3, 3>{},
+                                 cute::Layout<cute::Shape<cute::_8, cute::Int<kAtomCols>>,
+                                              cute::Stride<cute::Int<kAtomCols>, cute::_1>>{}));
   /// [64 rows, head_dim]; the same memory read as [head_dim, 64 rows].
   using SmemTile = decltype(cute::tile_to_shape(
       SmemAtom{}, cute::Shape<cute::Int<kKeys>, cute::Int<kHeadDim>>{}));

@@ -109,8 +109,7 @@ struct SlashWalker {
  private:
   __device__ int fill_segments(const WalkerContext& at, Step* steps) {
     const TileScope& scope = at.scope;
-    const Segment* segments =
-        at.plan.segments + int64_t{at.task.slot} * at.plan.sizes.max_offsets;
+    const Segment* segments = at.plan.segments + int64_t{at.task.slot} * at.plan.sizes.max_offsets;
     const int total = at.plan.num_segments[at.task.slot];
     int count = 0;
     while (count + 32 <= kMaxSteps) {
@@ -190,8 +189,7 @@ struct BlockWalker {
     const int blocks = (last + sizes.block_kv - 1) / sizes.block_kv;
     const int row = at.tile * kTileRows / sizes.block_q;
     const uint32_t* bits =
-        at.plan.block_bits +
-        (int64_t{at.task.slot} * sizes.q_blocks() + row) * sizes.block_words();
+        at.plan.block_bits + (int64_t{at.task.slot} * sizes.q_blocks() + row) * sizes.block_words();
     int count = 0;
     while (count == 0 && cursor < blocks) {
       const int base = 32 * (cursor / 32 + at.lane);  // first block of this lane's word
@@ -209,8 +207,7 @@ struct BlockWalker {
     const int block_kv = at.plan.sizes.block_kv, last = at.scope.last;
     const int most = block_kv / 64;  // steps of a block, fewer where `last` cuts it
     const auto pieces = [&](int block) { return min(most, (last - block * block_kv + 63) / 64); };
-    const int mine =
-        word == 0 ? 0 : (__popc(word) - 1) * most + pieces(base + 31 - __clz(word));
+    const int mine = word == 0 ? 0 : (__popc(word) - 1) * most + pieces(base + 31 - __clz(word));
     int position = mine;
 #pragma unroll
     for (int delta = 1; delta < 32; delta *= 2) {
