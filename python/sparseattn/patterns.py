@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import ClassVar, Union
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class AShape:
 
 @dataclass(frozen=True)
 class VerticalSlash:
-    """``columns`` key positions seen by all later queries and ``offsets`` diagonals (MInference)."""
+    """``columns`` keys that all later queries see and ``offsets`` diagonals (MInference)."""
 
     columns: int
     offsets: int
@@ -64,7 +64,7 @@ class BlockSparse:
         return (self.top_k, 0)
 
 
-Pattern = Union[Dense, AShape, VerticalSlash, BlockSparse]
+Pattern = Dense | AShape | VerticalSlash | BlockSparse
 PATTERNS: dict[str, type] = {p.kind: p for p in (Dense, AShape, VerticalSlash, BlockSparse)}
 
 
