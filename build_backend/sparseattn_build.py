@@ -1,7 +1,8 @@
 """Build backend: scikit-build-core, plus torch and CUTLASS where the target interpreter lacks them.
 
 The operators are built against whatever torch is installed (any 2.10 or newer will do: they use the
-stable ABI). Listing torch under ``build-system.requires`` would instead download a second, newer one
+stable ABI).
+Listing torch under ``build-system.requires`` would instead download a second, newer one
 into every isolated build.
 """
 

@@ -191,7 +191,7 @@ def estimate_vertical_slash(
     sink: int = 30,
     local: int = 100,
 ) -> tuple[Tensor, Tensor]:
-    """Columns and offsets that carry most attention mass of the last rows (arXiv 2407.02490, alg. 2).
+    """Columns and offsets that carry most attention mass of the last (arXiv 2407.02490, alg. 2).
 
     The last ``min(last_q, q_len)`` query rows (``last_q <= 64``) attend to all keys, softmax in
     fp32; the probabilities are summed per column and per offset ``p - k``. Returns int32
