@@ -9,24 +9,18 @@ the machine disturb less.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import math
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import common
 import torch
+from common import RUN, SINKS, TILE
 from tqdm import tqdm
 
 import sparseattn
-
-TILE = 64
-RUN = 51  # offsets in one cluster
-SINKS = 30
 
 
 def tile_pairs(keys: torch.Tensor, first: int) -> int:
@@ -109,21 +103,6 @@ def a_shape_window(tokens: int, sink: int, density: float) -> tuple[int, int]:
         pairs = int(seen.sum())
         if pairs >= density * tokens * (tokens + 1) / 2:
             return window, pairs
-
-
-def cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 def measure(
@@ -219,7 +198,7 @@ def main() -> None:
     dense = results["sdpa dense"]
     print(
         f"{tokens} tokens, {heads} heads, {kv_heads} kv heads, D={dim}, {arguments.dtype}, "
-        f"{arguments.threads} threads, {cpu_model()}"
+        f"{arguments.threads} threads, {common.cpu_model()}"
     )
     print(
         f"{'':17}{'density':>8}{'best s':>9}{'median s':>10}{'CPU s':>8}{'GFLOP/s':>9}"
@@ -236,19 +215,8 @@ def main() -> None:
             f"{row['speedup_median']:9.1f}{row['speedup_cpu_per_thread']:7.1f}"
         )
     if arguments.json is not None:
-        record = {
-            "machine": platform.node(),
-            "cpu": cpu_model(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "sparseattn": getattr(sparseattn, "__version__", "unknown"),
-            "commit": commit(),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "arguments": {n: x for n, x in vars(arguments).items() if n != "json"},
-            "results": results,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+        facts = common.machine(torch.device("cpu"))
+        common.write_result("cpu_attention", facts, vars(arguments), results, arguments.json)
 
 
 if __name__ == "__main__":

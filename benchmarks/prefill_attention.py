@@ -8,7 +8,9 @@ noise; the estimates run on data whose mass lies on clustered offsets and few co
 
 Operations are 4 * D a selected pair: dense counts half the square, block-sparse whole selected
 blocks, vertical-slash 64-wide tiles of covered keys plus columns outside the cover, a-shape the
-visible pairs. Density is pairs over those of dense (block-sparse: blocks over causal blocks).
+visible pairs. Density is pairs over those of dense (block-sparse: blocks over causal blocks), so it
+passes 1 where nearly everything is selected. `difference` compares a full list with the first dense
+peer: norm of the difference over the norm, worst head.
 """
 
 from __future__ import annotations
@@ -260,6 +262,9 @@ def measure(arguments: argparse.Namespace, setting: Setting) -> list[dict[str, A
         for name, build in cases(setting, device)
         if not arguments.only or any(part in name for part in arguments.only)
     ]
+    if not chosen:
+        names = "; ".join(name for name, _ in cases(setting, device))
+        raise SystemExit(f"--only: expected a part of a case's name ({names}), found none")
     with tqdm(total=len(arguments.lengths) * len(chosen), unit="case", disable=None) as bar:
         for tokens in arguments.lengths:
             inputs = Inputs(setting, tokens, device, arguments.seed)
@@ -327,7 +332,9 @@ def parse_arguments() -> tuple[argparse.Namespace, Setting]:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens, multiples of 128")
-    parser.add_argument("--only", nargs="+", help="cases whose name contains one of these")
+    parser.add_argument(
+        "--only", nargs="+", help="cases whose name contains one of these; no file without --output"
+    )
     parser.add_argument("--budget-ms", type=float, default=1000.0, help="timed span of a case")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commit", help="commit to record, where there is no checkout")
@@ -358,7 +365,7 @@ def main() -> None:
         f"D={setting.head_dim}, bf16, median of n whole operator calls"
     )
     print(common.format_table(rows, COLUMNS))
-    if not arguments.smoke or arguments.output:
+    if arguments.output or not (arguments.smoke or arguments.only):
         path = common.write_result(
             "prefill_attention",
             facts,

@@ -33,7 +33,7 @@ def test_one_version() -> None:
     (project,) = re.findall(r'^version = "(.+)"$', read("pyproject.toml"), re.M)
     (cmake,) = re.findall(r"^project\(sparseattn VERSION (\S+)", read("CMakeLists.txt"), re.M)
     assert project == cmake == version
-    assert f"## [{version}]" in read("CHANGELOG.md")
+    assert re.search(rf"^## \[?{re.escape(version)}\b", read("CHANGELOG.md"), re.M)
 
 
 def test_presets_and_notice_are_installed() -> None:
@@ -117,20 +117,18 @@ def test_ci_runs_the_readme_test_command() -> None:
     assert found == [readme_commands()[1]]
 
 
-def test_readme_python_is_valid() -> None:
+def test_readme_python_names_what_exists() -> None:
+    """Every sparseattn.* call in the README is of a public function, with arguments it takes."""
     blocks = re.findall(r"^```python\n(.*?)^```", read("README.md"), re.M | re.S)
-    assert len(blocks) >= 4
-    for block in blocks:
-        ast.parse(block)
-
-
-def test_readme_operators_run() -> None:
-    (block,) = [
-        b
-        for b in re.findall(r"^```python\n(.*?)^```", read("README.md"), re.M | re.S)
-        if "estimate_vertical_slash" in b
-    ]
-    names: dict[str, object] = {}
-    exec(block.replace("4096", "256"), names)
-    assert names["out"].shape == names["q"].shape
-    assert names["lse"].shape == names["q"].shape[:3]
+    called = set()
+    for node in (node for block in blocks for node in ast.walk(ast.parse(block))):
+        if not isinstance(node, ast.Call) or not ast.unparse(node.func).startswith("sparseattn."):
+            continue
+        name = ast.unparse(node.func).removeprefix("sparseattn.")
+        function = sparseattn
+        for part in name.split("."):
+            function = getattr(function, part)
+        keywords = {keyword.arg: None for keyword in node.keywords}
+        inspect.signature(function).bind(*node.args, **keywords)
+        called.add(name)
+    assert {"sparse_attention", "hf.enable"} <= called
