@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 #: Name under which the attention function is registered with transformers.
 NAME = "sparseattn"
 #: Prompts shorter than this run dense. A first estimate, to be confirmed by `benchmarks`.
-DEFAULT_MIN_LENGTH = 16384
+DEFAULT_MIN_LENGTH = 32768
 #: Calls with fewer query rows than one tile of 64 run dense: the estimate alone uses 64 rows.
 MIN_QUERY_ROWS = 64
 
