@@ -46,23 +46,32 @@ __device__ __forceinline__ void mask_scores(Scores& scores, const Step& step, in
                                             int first_position, const HeadTask& task,
                                             const int32_t* columns) {
   using namespace cute;
+  const int first_column = thread % 4 * 2;
+  const uint32_t words[2] = {step.bits[0] >> first_column, step.bits[1] >> first_column};
+  const bool by_row = step.by_row();
 #pragma unroll
-  for (int n = 0; n < size<2>(scores); ++n) {
+  for (int i = 0; i < 2 * size<2>(scores); ++i) {
+    const int n = i / 2, c = i % 2;
+    const bool listed = words[n / 4] >> (n % 4 * 8 + c) & 1;
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const int j = 8 * n + thread % 4 * 2 + c;
-      const bool packed = kPacks && step.packed();
-      const bool listed = packed ? step.bit(j) : j < step.count();
-      int key = step.start + j;
-      if (packed) key = step.diagonal() && listed ? columns[key] : 0;
+    for (int row = 0; row < 2 * Traits::kRowTiles; ++row) {
+      float& score = scores(make_coord(c, row % 2), row / 2, n);
+      score = listed ? score : -INFINITY;
+    }
+  }
+  if (!by_row) return;
 #pragma unroll
-      for (int i = 0; i < 2 * Traits::kRowTiles; ++i) {
-        const int position = first_position + accumulator_row<Traits>(thread, i / 2, i % 2);
-        // A vertical-slash head has no window.
-        const bool in_band = kPacks || position - key < task.window || key < task.sink;
-        if (!(listed && key <= position && in_band)) {
-          scores(make_coord(c, i % 2), i / 2, n) = -INFINITY;
-        }
+  for (int i = 0; i < 2 * size<2>(scores); ++i) {
+    const int n = i / 2, c = i % 2, j = 8 * n + first_column + c;
+    int key = step.start + j;
+    if (kPacks && step.packed()) key = j < step.count() ? columns[key] : 0;
+#pragma unroll
+    for (int row = 0; row < 2 * Traits::kRowTiles; ++row) {
+      const int position = first_position + accumulator_row<Traits>(thread, row / 2, row % 2);
+      // A vertical-slash head has no window.
+      const bool in_band = kPacks || position - key < task.window || key < task.sink;
+      if (!(key <= position && in_band)) {
+        scores(make_coord(c, row % 2), row / 2, n) = -INFINITY;
       }
     }
   }

@@ -16,18 +16,18 @@ namespace sparseattn::sm80 {
 /// Up to 64 keys: rows [start, start + count) of the keys, or of the head's packed columns.
 struct alignas(16) Step {
   static constexpr uint32_t kCountMask = 127;
-  static constexpr uint32_t kMasked = 128;    // some (row, key) pair of the step is invisible
-  static constexpr uint32_t kPacked = 256;    // rows of packed_k / packed_v instead of k / v
-  static constexpr uint32_t kDiagonal = 512;  // packed: a column lies beyond the tile's first row
+  static constexpr uint32_t kMasked = 128;  // some (row, key) pair of the step is invisible
+  static constexpr uint32_t kPacked = 256;  // rows of packed_k / packed_v instead of k / v
+  static constexpr uint32_t kByRow = 512;   // ... and which ones depends on the row
 
   int32_t start;
   uint32_t info;
-  uint32_t bits[2];  // packed: bit j set: column start + j counts
+  uint32_t bits[2];  // bit j set: key start + j counts, for some row at least
 
   __device__ int count() const { return static_cast<int>(info & kCountMask); }
   __device__ bool masked() const { return info & kMasked; }
   __device__ bool packed() const { return info & kPacked; }
-  __device__ bool diagonal() const { return info & kDiagonal; }
+  __device__ bool by_row() const { return info & kByRow; }
   __device__ bool bit(int j) const { return bits[j / 32] >> (j % 32) & 1; }
 };
 
@@ -41,11 +41,15 @@ struct TileScope {
   __device__ TileScope(const Shape& shape, int tile)
       : end(shape.tile_end(tile)), first(end - kTileRows), last(min(end, shape.kv_len)) {}
 
-  /// Keys [start, stop) as a step, masked where the causal edge, the count or the caller asks.
-  __device__ Step range(int start, int stop, bool masked = false) const {
+  /// Keys [start, stop) as a step. Rows differ at the causal edge, or where the caller says so.
+  __device__ Step range(int start, int stop, bool by_row = false) const {
     const int count = stop - start;
-    masked = masked || count < 64 || stop - 1 > first;
-    return {start, static_cast<uint32_t>(count) | (masked ? Step::kMasked : 0), {0, 0}};
+    by_row = by_row || stop - 1 > first;
+    uint32_t info = static_cast<uint32_t>(count);
+    if (by_row) info |= Step::kByRow;
+    if (by_row || count < 64) info |= Step::kMasked;
+    const uint64_t bits = ~uint64_t{0} >> (64 - count);
+    return {start, info, {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)}};
   }
 };
 
@@ -162,10 +166,10 @@ struct SlashWalker {
           const bool covered = word >> ((scope.end - 1 - position) & 31) & 1;
           step.bits[half] = __ballot_sync(~0u, valid && !covered);
           step.info += __popc(__ballot_sync(~0u, valid));
-          if (__any_sync(~0u, valid && position > scope.first)) step.info |= Step::kDiagonal;
+          if (__any_sync(~0u, valid && position > scope.first)) step.info |= Step::kByRow;
         }
         done = done || step.count() < 64;
-        if ((step.bits[0] & step.bits[1]) != ~0u || step.diagonal()) step.info |= Step::kMasked;
+        if ((step.bits[0] & step.bits[1]) != ~0u || step.by_row()) step.info |= Step::kMasked;
         if ((step.bits[0] | step.bits[1]) != 0) {
           if (at.lane == 0) steps[count] = step;
           ++count;
