@@ -1,19 +1,20 @@
-"""From which length on sparse prefill beats dense: measures the default of `min_length` (target T7).
+"""From which length on sparse prefill beats dense: measures the default of `min_length` (T7).
 
-One layer, bf16, batch 1, 32 query heads, 8 key/value heads, D = 128. `sparse_attention` (estimate,
-plan and attention) against the faster of SDPA's flash and cuDNN backends at every length, for layers
-of one pattern and for every layer of the shipped Llama-3-8B patterns (their mean is what a prompt
-gains).
+One layer, bf16, batch 1, 32 query heads, 8 key/value heads, D = 128. `sparse_attention`
+(estimate, plan and attention) against the faster of SDPA's flash and cuDNN backends at every
+length, for layers of one pattern and for every layer of the shipped Llama-3-8B patterns (their
+mean is what a prompt gains).
 
 An estimate chooses by the values, so there are two kinds of data. `structured` (see
-`structured_qk` in common.py) has its attention mass on clustered offsets and few columns, as real
-heads have; `random` is normal noise, on which the estimates pick offsets all over the prompt, so
-that their cover is nearly dense: it shows what is lost when a pattern does not fit. The default is recommended from
-structured data only: the shortest measured length from which on the mean over the Llama-3-8B layers
-is never slower than dense. The same length is printed for every mix.
+`structured_qk` in common.py) has its attention mass on clustered offsets and few columns, as
+real heads have; `random` is normal noise, on which the estimates pick offsets all over the
+prompt, so that their cover is nearly dense: it shows what is lost when a pattern does not fit.
+The default is recommended from structured data only: the shortest measured length from which on
+the mean over the Llama-3-8B layers is never slower than dense. The same length is printed for
+every mix.
 
-Density is selected pairs over half the square; pairs are counted in whole blocks and 64-wide tiles,
-so it passes 1 where a short prompt is selected whole.
+Density is selected pairs over half the square; pairs are counted in whole blocks and 64-wide
+tiles, so it passes 1 where a short prompt is selected whole.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTEN
 
 
 def mixes(heads: int, layers: int | None) -> dict[str, list[list[Pattern]]]:
-    """Layers (one pattern a head) of every mix; a mix of several layers is reported as their mean."""
+    """Layers (one pattern a head) of every mix; several layers count as their mean."""
     preset = PatternConfig.load(PRESET).layers[:layers]
     one: dict[str, Pattern] = {
         "vertical_slash (1000, 6096)": VerticalSlash(1000, 6096),

@@ -29,9 +29,9 @@ class Allowed(NamedTuple):
 ALLOWED = (
     Allowed(
         r"attention_kernel.*Li128E",
-        300,
-        "portable kernel at head_dim 128: the output and score accumulators take the 255 registers; "
-        "its inner loops have 9 to 23 local loads and stores for 256 HMMA (SASS, CUDA 13.0)",
+        100,
+        "portable kernel at head_dim 128: output and score accumulators take the 255 registers; "
+        "72 bytes are left over its three loops (one a pattern kind)",
     ),
 )
 

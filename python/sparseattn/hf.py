@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 #: Name under which the attention function is registered with transformers.
 NAME = "sparseattn"
-#: Prompts shorter than this run dense: measured on an H200 against the fastest SDPA backend, for the
-#: Llama-3-8B preset (benchmarks/min_length.py).
+#: Prompts shorter than this run dense: measured on an H200 against the fastest SDPA backend,
+#: for the Llama-3-8B preset (benchmarks/min_length.py).
 DEFAULT_MIN_LENGTH = 32768
 #: Calls with fewer query rows than one tile of 64 run dense: the estimate alone uses 64 rows.
 MIN_QUERY_ROWS = 64

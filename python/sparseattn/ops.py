@@ -1,14 +1,14 @@
 """The operators: thin Python functions over ``torch.ops.sparseattn.*``.
 
-Shapes: ``q [batch, q_heads, q_len, head_dim]``, ``k, v [batch, kv_heads, kv_len, head_dim]``; query
-head ``h`` reads key/value head ``h // (q_heads // kv_heads)``, nothing is repeated. Any strides with
-the last dimension contiguous are taken as they are (on CUDA, views whose rows do not start on a
-16-byte boundary are copied first). Masks are causal and bottom-right aligned: query row ``i`` is at
-position ``p = i + kv_len - q_len`` and sees keys ``k <= p`` at most.
+Shapes: ``q [batch, q_heads, q_len, head_dim]``, ``k, v [batch, kv_heads, kv_len, head_dim]``;
+query head ``h`` reads key/value head ``h // (q_heads // kv_heads)``, nothing is repeated. Any
+strides with the last dimension contiguous are taken as they are (on CUDA, views whose rows do not
+start on a 16-byte boundary are copied first). Masks are causal and bottom-right aligned: query row
+``i`` is at position ``p = i + kv_len - q_len`` and sees keys ``k <= p`` at most.
 
-CUDA takes float16 and bfloat16 with head_dim 64, 96 or 128; the CPU takes float32 and bfloat16 with
-head_dim 16, 32, 64, 96 or 128. Sums are fp32. Everything else raises ``ValueError`` or ``TypeError``
-that names the argument. There is no backward.
+CUDA takes float16 and bfloat16 with head_dim 64, 96 or 128; the CPU takes float32 and bfloat16
+with head_dim 16, 32, 64, 96 or 128. Sums are fp32. Everything else raises ``ValueError`` or
+``TypeError`` that names the argument. There is no backward.
 
 Attention returns ``out`` of q's shape and dtype, or ``(out, lse)`` with ``return_lse=True``: the
 natural log of the sum of exp(scaled scores), fp32 ``[batch, q_heads, q_len]``. A row that sees no
@@ -191,7 +191,7 @@ def estimate_vertical_slash(
     sink: int = 30,
     local: int = 100,
 ) -> tuple[Tensor, Tensor]:
-    """Columns and offsets that carry most attention mass of the last (arXiv 2407.02490, alg. 2).
+    """Columns and offsets that carry the last rows' attention mass (arXiv 2407.02490, alg. 2).
 
     The last ``min(last_q, q_len)`` query rows (``last_q <= 64``) attend to all keys, softmax in
     fp32; the probabilities are summed per column and per offset ``p - k``. Returns int32

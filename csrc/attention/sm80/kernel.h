@@ -261,14 +261,14 @@ __device__ __forceinline__ void attend(const AttentionParams& params,
                                   params.shape.tile_end(context.tile) - kTileRows, context.task,
                                   context.columns);
     }
-    if (++index == count) {
-      count = refill();
-      index = 0;
-    }
     cp_async_wait_all();
     __syncthreads();
     consumer.softmax.step(scores, consumer.acc, scale_log2);
     const auto probabilities = consumer.narrow(scores);
+    if (++index == count) {
+      count = refill();
+      index = 0;
+    }
     if (count > 0) {
       load_step<Traits, kPacks>(smem.keys, smem.steps[index], context.k, params.k.row_stride,
                                 context.packed_k);
