@@ -6,6 +6,7 @@ multiplication and an addition each). How pairs are counted is said at every cou
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import math
@@ -160,6 +161,16 @@ class Timer:
 def teraflops(pairs: float, head_dim: int, ms: float) -> float:
     """TFLOP/s of ``pairs`` (query, key) pairs, summed over heads, in ``ms`` milliseconds."""
     return 4 * head_dim * pairs / ms / 1e9
+
+
+def add_record_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that every GPU benchmark has in common."""
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--commit", help="commit to record, where there is no checkout")
+    parser.add_argument("--output", type=Path, help="JSON file; default: one in results/")
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny shapes on the CPU; no file without --output"
+    )
 
 
 # --- inputs ----------------------------------------------------------------------------------

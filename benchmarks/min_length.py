@@ -20,7 +20,6 @@ tiles, so it passes 1 where a short prompt is selected whole.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import common
@@ -168,12 +167,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--kv-heads", type=int, help="default 8")
     parser.add_argument("--head-dim", type=int, help="default 128")
     parser.add_argument("--layers", type=int, help="first layers of the preset (default: all)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--commit", help="commit to record, where there is no checkout")
-    parser.add_argument("--output", type=Path, help="JSON file; default: one in results/")
-    parser.add_argument(
-        "--smoke", action="store_true", help="tiny shapes on the CPU; no file without --output"
-    )
+    common.add_record_arguments(parser)
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.layers = arguments.layers or 2

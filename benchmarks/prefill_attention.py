@@ -21,7 +21,6 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import common
@@ -336,12 +335,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Setting]:
         "--only", nargs="+", help="cases whose name contains one of these; no file without --output"
     )
     parser.add_argument("--budget-ms", type=float, default=1000.0, help="timed span of a case")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--commit", help="commit to record, where there is no checkout")
-    parser.add_argument("--output", type=Path, help="JSON file; default: one in results/")
-    parser.add_argument(
-        "--smoke", action="store_true", help="tiny shapes on the CPU; no file without --output"
-    )
+    common.add_record_arguments(parser)
     arguments = parser.parse_args()
     setting = SMOKE if arguments.smoke else Setting()
     arguments.lengths = arguments.lengths or list(setting.lengths)

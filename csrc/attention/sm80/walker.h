@@ -28,7 +28,6 @@ struct alignas(16) Step {
   __device__ bool masked() const { return info & kMasked; }
   __device__ bool packed() const { return info & kPacked; }
   __device__ bool by_row() const { return info & kByRow; }
-  __device__ bool bit(int j) const { return bits[j / 32] >> (j % 32) & 1; }
 };
 
 constexpr int kMaxSteps = 128;
