@@ -113,7 +113,7 @@ class Call {
 
   std::tuple<Tensor, Tensor> attend(bool return_lse) {
     Outputs outputs = make_outputs(q_, shape, return_lse);
-    check_status(sparse_attention_sm80({shape, dtype_of(q_), view_of(q_), view_of(k_), view_of(v_),
+    check_status(sparseattn::sparse_attention({shape, dtype_of(q_), view_of(q_), view_of(k_), view_of(v_),
                                         view_of(outputs.out), outputs.lse_data, scale_, plan},
                                        stream()));
     return {outputs.out, outputs.lse};

@@ -198,10 +198,10 @@ __device__ void set_context(TileContext<Element>& context, const AttentionParams
   context.k = head_pointer<Element>(params.k, where.sequence, kv_head);
   context.v = head_pointer<Element>(params.v, where.sequence, kv_head);
   if (task.kind == PatternKind::kVerticalSlash) {
-    const int64_t row = int64_t{task.slot} * plan.sizes.max_columns;
+    const int64_t row = int64_t{task.slot} * plan.sizes.packed_rows();
     context.packed_k = static_cast<const Element*>(plan.packed_k) + row * params.shape.head_dim;
     context.packed_v = static_cast<const Element*>(plan.packed_v) + row * params.shape.head_dim;
-    context.columns = plan.columns + row;
+    context.columns = plan.columns + int64_t{task.slot} * plan.sizes.max_columns;
   }
 }
 
