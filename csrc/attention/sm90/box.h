@@ -24,11 +24,6 @@ struct alignas(16) Box {
   static constexpr uint32_t kPacked = 64;
   /// Only the first `count` rows may be read: those after them may be seen by no row of the call.
   static constexpr uint32_t kRagged = 128;
-  // Set as the box is handed to the consumers.
-  static constexpr uint32_t kRound = 256;  // the last box of a round
-  static constexpr uint32_t kStep = 512;   // consumer w computes with the one or two boxes it holds
-  static constexpr uint32_t kEnd = 2048;   // no box at all: the tile is over
-
   int32_t start;
   uint32_t flags;
   uint32_t bits[kConsumers][2];  // bit j: key start + j
@@ -38,11 +33,37 @@ struct alignas(16) Box {
 };
 static_assert(sizeof(Box) == 32);
 
+/// What a consumer does in one round, in a word: the stages of the two boxes of its step, the
+/// parities of their phases, and flags. A word without kStep passes the turn on.
+struct RoundWord {
+  static constexpr uint32_t kStep = 1u << 18;
+  static constexpr uint32_t kSingle = 1u << 19;  // one box, named twice; its second use is masked
+  static constexpr uint32_t kMask = 1u << 20;    // kMask << i: box i is masked
+  static constexpr uint32_t kEnd = 1u << 22;     // the tile's last round
+
+  uint32_t bits;
+
+  __device__ int stage(int box) const { return static_cast<int>(bits >> 8 * box & 0xff); }
+  __device__ uint32_t parity(int box) const { return bits >> (16 + box) & 1; }
+  __device__ bool has(uint32_t flag) const { return bits & flag; }
+
+  /// The part of a word that names box 0.
+  static __device__ uint32_t of_box(int stage, uint32_t parity, bool masked) {
+    return static_cast<uint32_t>(stage) | parity << 16 | (masked ? kMask : 0);
+  }
+  /// The same for box 1.
+  static __device__ uint32_t second(uint32_t of_box) {
+    return (of_box & 0xff) << 8 | (of_box & ~0xffu) << 1;
+  }
+};
+
 /// A pair of query tiles of one head. sequence < 0: there are no more.
 struct alignas(16) Tile {
   int32_t sequence;
   int32_t head;
   int32_t first_row;
+  int32_t q_len;  // of the sequence
+  int32_t kv_len;
   HeadTask task;
 };
 
@@ -53,13 +74,13 @@ struct PairScope {
   int first[kConsumers];  // position of the first row
   int last[kConsumers];   // one past the last key that any row may see; 0: the tile has no rows
 
-  __device__ PairScope(const Shape& shape, int first_row) : kv_len(shape.kv_len) {
+  __device__ explicit PairScope(const Tile& tile) : kv_len(tile.kv_len) {
 #pragma unroll
     for (int w = 0; w < kConsumers; ++w) {
-      const int row = first_row + kTileRows * w;
-      first[w] = shape.kv_len - shape.q_len + row;
+      const int row = tile.first_row + kTileRows * w;
+      first[w] = tile.kv_len - tile.q_len + row;
       end[w] = first[w] + kTileRows;
-      last[w] = row < shape.q_len ? min(end[w], shape.kv_len) : 0;
+      last[w] = row < tile.q_len ? min(end[w], tile.kv_len) : 0;
     }
   }
   __device__ int last_of_pair() const { return max(last[0], last[1]); }

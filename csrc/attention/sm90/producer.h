@@ -1,14 +1,14 @@
-// The producer warps: one plans boxes, one loads them.
+// The producer warps: one plans boxes, one loads their keys, one their values, one deals them out.
 //
-// The planner takes tiles from the counter and walks their indexes, up to two batches of boxes ahead
-// of the loader, so that the latency of an index never stops the copies. The loader fills the stages
-// of two rings, keys and values, in the order of the boxes. Values follow their keys kLag boxes
-// later: they are needed that much later, and their stages come free that much later.
+// The planner takes tiles from the counter and walks their indexes, up to two batches of boxes
+// ahead of the others, so that the latency of an index never stops the copies. The three others
+// read the same boxes in the same order, each at its own pace; box i uses stage i % kStages of both
+// rings.
 //
 // Rounds. The consumers take turns in issuing their products (consumer.h), one turn each a round.
-// The loader decides where rounds end and writes it into the boxes: a consumer steps when it holds
-// two boxes; one that has held a single box for kMaxHold others steps with that one, since a stage
-// that is held for long would stop the ring.
+// The dealer decides what each does in a round: it steps when it has got two boxes; one that has
+// held a single box while kMaxHold others went by steps with that one, since a stage that is held
+// for long would stop the ring; else it only passes its turn on.
 #pragma once
 
 #include "attention/sm90/tensor_map.h"
@@ -31,6 +31,8 @@ __device__ __forceinline__ Tile tile_of(const AttentionParams& params, uint32_t 
   tile.sequence = kv_head / shape.kv_heads;
   tile.head = kv_head % shape.kv_heads * group + rest % group;
   tile.first_row = static_cast<int32_t>(pairs - 1 - rest / group) * kPairRows;
+  tile.q_len = shape.q_len;
+  tile.kv_len = shape.kv_len;
   tile.task = params.plan.heads[static_cast<int64_t>(tile.sequence) * shape.q_heads + tile.head];
   return tile;
 }
@@ -48,7 +50,7 @@ class Planner {
       uint32_t number = 0;
       if (lane_ == 0) number = atomicAdd(params_.plan.next_tile, 1u);
       number = __shfl_sync(~0u, number, 0);
-      Tile tile{-1, 0, 0, {}};
+      Tile tile{-1, 0, 0, 0, 0, {}};
       if (number < tiles) tile = tile_of(params_, number);
       smem_.tile_free[tile_.index].wait(tile_.parity ^ 1);
       if (lane_ == 0) {
@@ -77,8 +79,7 @@ class Planner {
  private:
   template <class Walker>
   __device__ __forceinline__ void walk(const Tile& tile) {
-    const WalkerContext at{params_.plan, tile.task, PairScope(params_.shape, tile.first_row),
-                           tile.first_row, lane_};
+    const WalkerContext at{params_.plan, tile.task, PairScope(tile), tile.first_row, lane_};
     Walker walker;
     for (bool done = false; !done;) {
       begin_batch();
@@ -103,180 +104,183 @@ class Planner {
   RingPosition<2> tile_, batch_;
 };
 
-template <class Traits>
+/// One of the three warps that read the planned boxes: calls self.begin_tile(), self.box(box) for
+/// each box, self.end_tile(), for every tile.
+template <class Storage, class Self>
+__device__ __forceinline__ void read_boxes(Storage& smem, int lane, Self& self) {
+  RingPosition<2> batch;
+  for (bool begins = true;;) {
+    smem.batch_full[batch.index].wait(batch.parity);
+    const uint32_t header = smem.batch[batch.index];
+    if (header & kBatchStop) return;
+    if (begins) self.begin_tile();
+    const int count = header & kBatchCount;
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) self.box(smem.planned[batch.index][i]);
+    __syncwarp();
+    if (lane == 0) smem.batch_free[batch.index].arrive();
+    batch.advance();
+    begins = header & kBatchEnd;
+    if (begins) self.end_tile();
+  }
+}
+
+/// A consumer that does not own the box never looks at its stage.
+__device__ __forceinline__ void arrive_for_strangers(cuda::MBarrier& free, uint32_t flags) {
+  const int strangers = !(flags & Box::kOwner) + !(flags & Box::kOwner << 1);
+  if (strangers != 0) free.arrive(strangers * kConsumerWarps);
+}
+
+/// Loads the keys of all boxes and the queries of all tiles, or (kKeys false) the values.
+template <class Traits, bool kKeys>
 class Loader {
  public:
   using Element = typename Traits::Element;
   using Storage = typename Traits::SharedStorage;
-  static constexpr int kLag = 2;
-  static constexpr int kMaxHold = 3;
 
   __device__ Loader(const AttentionParams& params, const TensorMaps& maps, Storage& smem, int lane)
       : params_(params), maps_(maps), smem_(smem), lane_(lane) {}
 
-  __device__ void run() {
-    for (bool begins = true;;) {
-      smem_.batch_full[batch_.index].wait(batch_.parity);
-      const uint32_t header = smem_.batch[batch_.index];
-      if (header & kBatchStop) return;
-      if (begins) begin_tile();
-      const int count = header & kBatchCount;
-      for (int i = 0; i < count; ++i) push(smem_.planned[batch_.index][i]);
-      __syncwarp();
-      if (lane_ == 0) smem_.batch_free[batch_.index].arrive();
-      batch_.advance();
-      begins = header & kBatchEnd;
-      if (begins) end_tile();
-    }
-  }
+  __device__ void run() { read_boxes(smem_, lane_, *this); }
 
- private:
-  __device__ void begin_tile() {
+  __device__ __forceinline__ void begin_tile() {
     smem_.tile_full[tile_.index].wait(tile_.parity);
     const Tile& tile = smem_.tiles[tile_.index];
     sequence_ = tile.sequence;
     kv_head_ = tile.head / params_.shape.group();
-    packed_row_ = tile.task.slot * static_cast<int64_t>(params_.plan.sizes.packed_rows());
-    smem_.query_free.wait(query_parity_ ^ 1);
-    query_parity_ ^= 1;
-    if (lane_ == 0) {
-      smem_.query_full.arrive_expect(kConsumers * Traits::kBoxBytes);
-#pragma unroll
-      for (int w = 0; w < kConsumers; ++w) {
-        load_rows<Traits>(smem_.query[w], maps_.q, &smem_.query_full, cuda::L2Policy::kEvictFirst,
-                          tile.first_row + kTileRows * w, tile.head, sequence_);
-      }
-    }
+    packed_row_ = tile.task.slot * params_.plan.sizes.packed_rows();
+    if constexpr (kKeys) load_query(tile);
     __syncwarp();
     if (lane_ == 0) smem_.tile_free[tile_.index].arrive();
     tile_.advance();
   }
 
-  /// Ends the last round of the tile, in which consumers step with what they hold.
-  __device__ void end_tile() {
-    smem_.keys_free[keys_.index].wait(keys_.parity ^ 1);
-    uint32_t flags = Box::kEnd | Box::kRound;
-#pragma unroll
-    for (int w = 0; w < kConsumers; ++w) {
-      if (held_[w] != 0) flags |= Box::kStep << w;
-      held_[w] = 0;
+  __device__ __forceinline__ void box(const Box& box) {
+    const int start = box.start;
+    const uint32_t flags = box.flags;
+    cuda::MBarrier& full = kKeys ? smem_.keys_full[at_.index] : smem_.values_full[at_.index];
+    cuda::MBarrier& free = kKeys ? smem_.keys_free[at_.index] : smem_.values_free[at_.index];
+    Element* to = kKeys ? smem_.keys[at_.index] : smem_.values[at_.index];
+    free.wait(at_.parity ^ 1);
+    if (flags & Box::kRagged) {
+      const View& view = kKeys ? params_.k : params_.v;
+      const Element* source = static_cast<const Element*>(view.data) +
+                              sequence_ * view.batch_stride + kv_head_ * view.head_stride;
+      copy_rows<Traits>(to, source, view.row_stride, start, box.count, lane_);
     }
     if (lane_ == 0) {
-      smem_.boxes[keys_.index].flags = flags;
-      smem_.keys_full[keys_.index].arrive();
-    }
-    keys_.advance();
-    while (lagging_ > 0) load_values();
-    smem_.values_free[values_.index].wait(values_.parity ^ 1);
-    if (lane_ == 0) {
-      smem_.values_free[values_.index].arrive(kConsumers * kConsumerWarps);
-      smem_.values_full[values_.index].arrive();
-    }
-    values_.advance();
-  }
-
-  __device__ __forceinline__ void push(Box box) {
-    smem_.keys_free[keys_.index].wait(keys_.parity ^ 1);
-    box.flags |= end_round(box.flags);
-    cuda::MBarrier* barrier = &smem_.keys_full[keys_.index];
-    if (box.flags & Box::kRagged) {
-      copy_ragged(smem_.keys[keys_.index], params_.k, box);
-      if (lane_ == 0) {
-        smem_.boxes[keys_.index] = box;
-        barrier->arrive();
+      if constexpr (kKeys) smem_.boxes[at_.index] = box;
+      arrive_for_strangers(free, flags);
+      if (flags & Box::kRagged) {
+        full.arrive();
+      } else {
+        full.arrive_expect(Traits::kBoxBytes);
+        const bool packed = flags & Box::kPacked;
+        const RowMap& rows = kKeys ? maps_.k : maps_.v;
+        const RowMap& packed_rows = kKeys ? maps_.packed_k : maps_.packed_v;
+        const RowMap& map = packed ? packed_rows : rows;
+        load_rows(to, map, &full, cuda::L2Policy::kEvictLast, packed ? packed_row_ + start : start,
+                  packed ? 0 : kv_head_ * rows.head_step, packed ? 0 : sequence_ * rows.batch_step);
       }
-    } else if (lane_ == 0) {
-      smem_.boxes[keys_.index] = box;
-      barrier->arrive_expect(Traits::kBoxBytes);
-      load(smem_.keys[keys_.index], maps_.k, maps_.packed_k, barrier, box);
     }
     __syncwarp();
-    keys_.advance();
-    if (lagging_ == kLag) load_values();
-#pragma unroll
-    for (int i = 0; i < kLag; ++i) {
-      if (i == lagging_) lag_[i] = {box.start, box.flags, box.count};
-    }
-    ++lagging_;
+    at_.advance();
   }
 
-  /// Values of the oldest box that has none yet.
-  __device__ __forceinline__ void load_values() {
-    smem_.values_free[values_.index].wait(values_.parity ^ 1);
-    Box box;
-    box.start = lag_[0].start;
-    box.flags = lag_[0].flags;
-    box.count = lag_[0].count;
-    // A consumer that does not own the box never looks at its values.
-    const int strangers = !box.owned_by(0) + !box.owned_by(1);
-    if (strangers != 0 && lane_ == 0) {
-      smem_.values_free[values_.index].arrive(strangers * kConsumerWarps);
-    }
-    cuda::MBarrier* barrier = &smem_.values_full[values_.index];
-    if (box.flags & Box::kRagged) {
-      copy_ragged(smem_.values[values_.index], params_.v, box);
-      if (lane_ == 0) barrier->arrive();
-    } else if (lane_ == 0) {
-      barrier->arrive_expect(Traits::kBoxBytes);
-      load(smem_.values[values_.index], maps_.v, maps_.packed_v, barrier, box);
-    }
-    __syncwarp();
-    values_.advance();
-#pragma unroll
-    for (int i = 1; i < kLag; ++i) lag_[i - 1] = lag_[i];
-    --lagging_;
-  }
+  __device__ void end_tile() {}
 
-  __device__ __forceinline__ void load(Element* to, const RowMap& rows, const RowMap& packed,
-                                       cuda::MBarrier* barrier, const Box& box) {
-    if (box.flags & Box::kPacked) {
-      load_rows<Traits>(to, packed, barrier, cuda::L2Policy::kEvictLast,
-                        static_cast<int>(packed_row_) + box.start, 0, 0);
-    } else {
-      load_rows<Traits>(to, rows, barrier, cuda::L2Policy::kEvictLast, box.start, kv_head_,
-                        sequence_);
-    }
-  }
-  __device__ void copy_ragged(Element* to, const View& view, const Box& box) {
-    const Element* source = static_cast<const Element*>(view.data) +
-                            sequence_ * view.batch_stride + kv_head_ * view.head_stride;
-    copy_rows<Traits>(to, source, view.row_stride, box.start, box.count, lane_);
-  }
-
-  /// Flags of a box that ends a round.
-  __device__ __forceinline__ uint32_t end_round(uint32_t flags) {
-    uint32_t steps = 0;
+ private:
+  __device__ __forceinline__ void load_query(const Tile& tile) {
+    smem_.query_free.wait(query_parity_ ^ 1);
+    query_parity_ ^= 1;
+    if (lane_ != 0) return;
+    smem_.query_full.arrive_expect(kConsumers * Traits::kBoxBytes);
 #pragma unroll
     for (int w = 0; w < kConsumers; ++w) {
-      // held_: 0, or 1 + the boxes passed since the one that is held.
-      const bool owner = flags >> w & Box::kOwner;
-      const bool had = held_[w] != 0;
-      if (had) ++held_[w];
-      if (owner && !had) held_[w] = 1;
-      if ((owner && had) || held_[w] > kMaxHold) {
-        steps |= Box::kStep << w;
-        held_[w] = 0;
-      }
+      load_rows(smem_.query[w], maps_.q, &smem_.query_full, cuda::L2Policy::kEvictFirst,
+                tile.first_row + kTileRows * w, tile.head * maps_.q.head_step,
+                sequence_ * maps_.q.batch_step);
     }
-    return steps != 0 ? steps | Box::kRound : 0;
   }
 
   const AttentionParams& params_;
   const TensorMaps& maps_;
   Storage& smem_;
   const int lane_;
-  RingPosition<2> tile_, batch_;
-  RingPosition<Traits::kStages> keys_, values_;
+  RingPosition<2> tile_;
+  RingPosition<Traits::kStages> at_;
   uint32_t query_parity_ = 0;
-  int sequence_ = 0, kv_head_ = 0;
-  int64_t packed_row_ = 0;
-  int held_[kConsumers] = {0, 0};
-  struct {
-    int32_t start;
-    uint32_t flags;
-    int32_t count;
-  } lag_[kLag];
-  int lagging_ = 0;
+  int sequence_ = 0, kv_head_ = 0, packed_row_ = 0;
+};
+
+/// Gives the boxes to their owners, round by round.
+template <class Traits>
+class Dealer {
+ public:
+  using Storage = typename Traits::SharedStorage;
+  static constexpr int kMaxHold = 3;
+
+  __device__ Dealer(Storage& smem, int lane) : smem_(smem), lane_(lane) {}
+
+  __device__ void run() { read_boxes(smem_, lane_, *this); }
+
+  __device__ void begin_tile() {}
+
+  /// A round ends when one of the owners steps.
+  __device__ __forceinline__ void box(const Box& box) {
+    const uint32_t flags = box.flags;
+    uint32_t words[kConsumers];
+#pragma unroll
+    for (int w = 0; w < kConsumers; ++w) {
+      const bool masked = flags >> w & (Box::kMasked | Box::kByRow);
+      const uint32_t own = RoundWord::of_box(at_.index, at_.parity, masked);
+      words[w] = 0;
+      if (flags >> w & Box::kOwner) {
+        if (age_[w] != 0) words[w] = RoundWord::kStep | held_[w] | RoundWord::second(own);
+        held_[w] = own;
+        age_[w] = age_[w] == 0;
+      } else if (age_[w] != 0 && ++age_[w] > kMaxHold) {
+        words[w] = step_with_held(w);
+      }
+    }
+    if ((words[0] | words[1]) != 0) push_round(words);
+    at_.advance();
+  }
+
+  /// The last round of the tile, in which consumers step with what they hold.
+  __device__ void end_tile() {
+    uint32_t words[kConsumers];
+#pragma unroll
+    for (int w = 0; w < kConsumers; ++w) words[w] = RoundWord::kEnd | step_with_held(w);
+    push_round(words);
+  }
+
+ private:
+  /// A step with the one box that consumer w holds, if it holds one.
+  __device__ __forceinline__ uint32_t step_with_held(int w) {
+    if (age_[w] == 0) return 0;
+    age_[w] = 0;
+    return RoundWord::kStep | RoundWord::kSingle | RoundWord::kMask << 1 | held_[w] |
+           RoundWord::second(held_[w]);
+  }
+
+  __device__ __forceinline__ void push_round(const uint32_t (&words)[kConsumers]) {
+    smem_.round_free[round_.index].wait(round_.parity ^ 1);
+    if (lane_ == 0) {
+#pragma unroll
+      for (int w = 0; w < kConsumers; ++w) smem_.rounds[round_.index][w] = words[w];
+      smem_.round_full[round_.index].arrive();
+    }
+    __syncwarp();
+    round_.advance();
+  }
+
+  Storage& smem_;
+  const int lane_;
+  RingPosition<Traits::kStages> at_;
+  RingPosition<kRounds> round_;
+  uint32_t held_[kConsumers] = {0, 0};  // RoundWord of the box that a consumer holds
+  int age_[kConsumers] = {0, 0};        // 0: holds none; else 1 + the boxes gone by since
 };
 
 }  // namespace sparseattn::sm90

@@ -1,8 +1,7 @@
 // Encodes tensor maps through the driver entry point, so that nothing links against libcuda.
-#include "attention/sm90/tensor_map.h"
-
 #include <cuda_runtime_api.h>
 
+#include "attention/sm90/tensor_map.h"
 #include "common/cuda/launch.h"
 
 namespace sparseattn::sm90 {
@@ -37,28 +36,29 @@ Status encode_rows(Encode encode, const AttentionParams& params, const View& vie
   const auto bytes = [&](int64_t size, int64_t stride) {
     return static_cast<cuuint64_t>(size == 1 || stride == 0 ? 16 : stride * kElement);
   };
-  const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(params.shape.head_dim),
-                               entries(extent.rows, view.row_stride),
-                               entries(extent.heads, view.head_stride),
-                               entries(extent.batch, view.batch_stride)};
-  const cuuint64_t strides[3] = {bytes(extent.rows, view.row_stride),
-                                 bytes(extent.heads, view.head_stride),
-                                 bytes(extent.batch, view.batch_stride)};
-  const cuuint32_t box[4] = {static_cast<cuuint32_t>(atom_cols), kBoxRows, 1, 1};
-  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  const cuuint64_t sizes[5] = {
+      static_cast<cuuint64_t>(atom_cols), entries(extent.rows, view.row_stride),
+      static_cast<cuuint64_t>(params.shape.head_dim / atom_cols),
+      entries(extent.heads, view.head_stride), entries(extent.batch, view.batch_stride)};
+  const cuuint64_t strides[4] = {
+      bytes(extent.rows, view.row_stride), static_cast<cuuint64_t>(atom_cols) * kElement,
+      bytes(extent.heads, view.head_stride), bytes(extent.batch, view.batch_stride)};
+  const cuuint32_t box[5] = {static_cast<cuuint32_t>(atom_cols), kBoxRows,
+                             static_cast<cuuint32_t>(sizes[2]), 1, 1};
+  const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   const auto type = params.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                     : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const auto swizzle = atom_cols == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
-  const CUresult result =
-      encode(&out.map, type, 4, view.data, sizes, strides, box, steps,
-             CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-             CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  out.head_step = sizes[2] > 1;
-  out.batch_step = sizes[3] > 1;
+  const CUresult result = encode(
+      &out.map, type, 5, view.data, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  out.head_step = sizes[3] > 1;
+  out.batch_step = sizes[4] > 1;
   if (result != CUDA_SUCCESS) {
-    return {static_cast<int32_t>(result),
-            "sparse_attention_sm90: a tensor map was refused (strides must be multiples of 16 bytes "
-            "below 2^40)"};
+    return {
+        static_cast<int32_t>(result),
+        "sparse_attention_sm90: a tensor map was refused (strides must be multiples of 16 bytes "
+        "below 2^40)"};
   }
   return {};
 }

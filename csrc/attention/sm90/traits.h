@@ -15,6 +15,8 @@ namespace sparseattn::sm90 {
 
 /// Planned boxes wait in two batches of at most this many.
 constexpr int kBatch = 32;
+/// Rounds that the dealer may be ahead of the consumers.
+constexpr int kRounds = 8;
 
 template <int kHeadDim_, class Element_>
 struct Traits {
@@ -24,7 +26,8 @@ struct Traits {
   static constexpr int kProducerRegisters = 40;
   static constexpr int kConsumerRegisters = 232;
 
-  /// Rows are cut into swizzled pieces of kAtomCols: 128 bytes, or 64 where head_dim is no multiple.
+  /// Rows are cut into swizzled pieces of kAtomCols: 128 bytes, or 64 where head_dim is no
+  /// multiple.
   static constexpr int kAtomCols = kHeadDim % 64 == 0 ? 64 : 32;
   static constexpr int kAtoms = kHeadDim / kAtomCols;
   static constexpr int kBoxElements = kBoxRows * kHeadDim;
@@ -33,12 +36,10 @@ struct Traits {
 
   /// [64 keys, head_dim, stages], and the same memory read as values: [head_dim, 64 keys, stages].
   /// A piece of kAtomCols columns is contiguous over all 64 rows, as the copy writes it.
-  using KeyAtom =
-      std::conditional_t<kAtomCols == 64, cute::GMMA::Layout_K_SW128_Atom<Element>,
-                         cute::GMMA::Layout_K_SW64_Atom<Element>>;
-  using ValueAtom =
-      std::conditional_t<kAtomCols == 64, cute::GMMA::Layout_MN_SW128_Atom<Element>,
-                         cute::GMMA::Layout_MN_SW64_Atom<Element>>;
+  using KeyAtom = std::conditional_t<kAtomCols == 64, cute::GMMA::Layout_K_SW128_Atom<Element>,
+                                     cute::GMMA::Layout_K_SW64_Atom<Element>>;
+  using ValueAtom = std::conditional_t<kAtomCols == 64, cute::GMMA::Layout_MN_SW128_Atom<Element>,
+                                       cute::GMMA::Layout_MN_SW64_Atom<Element>>;
   using KeyLayout = decltype(cute::tile_to_shape(
       KeyAtom{}, cute::Shape<cute::Int<kBoxRows>, cute::Int<kHeadDim>, cute::Int<kStages>>{}));
   using ValueLayout = decltype(cute::tile_to_shape(
@@ -60,23 +61,23 @@ struct Traits {
       if constexpr (kColumns == 128) return MMA_64x128x16_F32BF16BF16_RS<kK, kMajor>{};
     }
   }
-  using ScoreMma =
-      decltype(cute::make_tiled_mma(atom<kBoxRows, cute::GMMA::Major::K>()));
-  using OutputMma =
-      decltype(cute::make_tiled_mma(atom<kHeadDim, cute::GMMA::Major::MN>()));
+  using ScoreMma = decltype(cute::make_tiled_mma(atom<kBoxRows, cute::GMMA::Major::K>()));
+  using OutputMma = decltype(cute::make_tiled_mma(atom<kHeadDim, cute::GMMA::Major::MN>()));
 
   struct SharedStorage {
     alignas(1024) Element query[kConsumers][kBoxElements];
     alignas(1024) Element keys[kStages][kBoxElements];
     alignas(1024) Element values[kStages][kBoxElements];
-    Box planned[2][kBatch];  // planner to loader
-    Box boxes[kStages];      // loader to consumers, with the keys of the stage
+    Box planned[2][kBatch];                // planner to loaders and dealer
+    Box boxes[kStages];                    // to consumers, with the keys of the stage
+    uint32_t rounds[kRounds][kConsumers];  // RoundWords, dealer to consumers
     Tile tiles[2];
     uint32_t batch[2];  // boxes in it, and kBatch* flags
     // full: one arrival by the side that writes; free: one by every reader (see kernel.h).
     cuda::MBarrier keys_full[kStages], keys_free[kStages];
     cuda::MBarrier values_full[kStages], values_free[kStages];
     cuda::MBarrier query_full, query_free;
+    cuda::MBarrier round_full[kRounds], round_free[kRounds];
     cuda::MBarrier tile_full[2], tile_free[2];
     cuda::MBarrier batch_full[2], batch_free[2];
   };

@@ -28,10 +28,10 @@ struct alignas(8) MBarrier {
   }
   /// Arrives, and announces `bytes` that copies will write.
   __device__ __forceinline__ void arrive_expect(uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(
-                     shared_address(this)),
-                 "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(shared_address(this)),
+        "r"(bytes)
+        : "memory");
   }
   /// Whether the phase of this parity has ended; may suspend the thread for a while.
   __device__ __forceinline__ bool try_wait(uint32_t parity) {
@@ -40,6 +40,20 @@ struct alignas(8) MBarrier {
         "{\n"
         ".reg .pred p;\n"
         "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n"
+        "}\n"
+        : "=r"(ended)
+        : "r"(shared_address(this)), "r"(parity)
+        : "memory");
+    return ended != 0;
+  }
+  /// The same without suspending.
+  __device__ __forceinline__ bool test_wait(uint32_t parity) {
+    uint32_t ended;
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
         "selp.u32 %0, 1, 0, p;\n"
         "}\n"
         : "=r"(ended)
@@ -74,14 +88,14 @@ enum class L2Policy : uint64_t {
   kEvictLast = 0x14F0000000000000,
 };
 
-/// A box of a 4-D tensor, at coordinates given from the innermost dimension, to shared memory;
+/// A box of a 5-D tensor, at coordinates given from the innermost dimension, to shared memory;
 /// what lies outside the tensor becomes zero. Completes on `barrier`.
 __device__ __forceinline__ void load_box(void* to, const void* map, MBarrier* barrier,
-                                         L2Policy policy, int c0, int c1, int c2, int c3) {
+                                         L2Policy policy, int c0, int c1, int c2, int c3, int c4) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6}], [%2], %7;\n" ::"r"(shared_address(to)),
-      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3),
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;\n" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4),
       "l"(static_cast<uint64_t>(policy))
       : "memory");
 }
