@@ -146,6 +146,23 @@ def test_slow_dense_is_skipped(capsys):
     assert "256 tokens, SDPA: skipped: about 0 s" in text and "none of them" in text
 
 
+def test_long_dense_calls_run_once(capsys, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    calls = []
+    real = bench_layer.sdpa
+
+    def spy(q, *rest):
+        calls.append(q.shape[2])
+        return real(q, *rest)
+
+    monkeypatch.setattr(bench_layer, "sdpa", spy)
+    monkeypatch.setattr(bench_layer, "_ONCE_MS", 0)
+    run(capsys, "--lengths", "512", "1024", "--mixes", "a_shape 8,8", "--output", str(tmp_path))
+    assert [calls.count(tokens) for tokens in (64, 512, 1024)] == [4, 1, 1]
+    record = json.loads((tmp_path / "prefill.json").read_text())
+    assert [one["repeats"] for one in record["dense"]] == [1] * 4
+
+
 def test_stops_where_memory_does_not_suffice(capsys, monkeypatch):
     monkeypatch.setattr(bench_layer.bench_tools, "available_memory", lambda: 1.0 * 2**20)
     text = run(capsys, "--lengths", "128", "65536", "--mixes", "a_shape 8,8")

@@ -32,7 +32,7 @@ endif()
 include(FindPackageHandleStandardArgs)
 find_package_handle_standard_args(
   CUTLASS REQUIRED_VARS CUTLASS_INCLUDE_DIR VERSION_VAR CUTLASS_VERSION
-  REASON_FAILURE_MESSAGE "set SPARSEATTN_CUTLASS_DIR or pip install --no-deps nvidia-cutlass")
+  REASON_FAILURE_MESSAGE "set SPARSEATTN_CUTLASS_DIR or (SPARSEATTN_PYTHON=ON) pip install --no-deps nvidia-cutlass")
 if(CUTLASS_FOUND AND NOT TARGET CUTLASS::headers)
   add_library(CUTLASS::headers INTERFACE IMPORTED)
   target_include_directories(CUTLASS::headers SYSTEM INTERFACE ${CUTLASS_INCLUDE_DIR})

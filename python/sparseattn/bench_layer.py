@@ -73,8 +73,10 @@ def lack_of_memory(setting: Setting, tokens: int) -> str | None:
 
 
 def extra_memory(device: torch.device, call: Callable[[], Tensor]) -> int | None:
-    """Bytes a call takes at its peak beside its output; None on the CPU, where nobody counts."""
+    """Runs a call once: bytes it takes at its peak beside its output. None on the CPU, where nobody
+    counts."""
     if device.type != "cuda":
+        call()
         return None
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -134,7 +136,7 @@ class DenseTimes:
         if name not in self._last:
             part = max(64, tokens // 8)
             call = self.calls(*(x[:, :, :part] for x in (q, k, v)))[name]
-            self._last[name] = part, self.timer(call, warm_up=1, least=1, most=1).ms
+            self._last[name] = part, self.timer(call, warm_up=1, least=3, most=3).ms_min
         shorter, ms = self._last[name]
         return ms * (tokens / shorter) ** 2
 
@@ -153,7 +155,7 @@ def measure_mix(
     for number, (layer, times) in enumerate(zip(mix.layers, mix.times, strict=True)):
         call = partial(ops.sparse_attention, q, k, v, layer)
         extras.append(extra_memory(setting.device, call))
-        warm_up = 2 if single else int(number == 0 or layer_ms[-1] < 100)
+        warm_up = 1 if single else int(number == 0 or layer_ms[-1] < 100)
         budget = setting.budget_ms if single else setting.budget_ms / len(mix.layers)
         timing = timer(call, warm_up=warm_up, budget_ms=budget, least=3 if single else 1)
         layer_ms.append(timing.ms)
