@@ -54,6 +54,7 @@ def test_shipped_table():
 
 
 def test_shipped_sm80_agrees_with_its_record():
+    """Of the record that its small heads are fitted to: no check of other presets."""
     classes = policy.load(policy.SHIPPED)["sm80"]
     assert policy.min_length([VerticalSlash(1000, 6096)], classes) == 65536
     assert policy.min_length([BlockSparse(100)], classes) == 32768

@@ -20,6 +20,7 @@ measured length::
       }
     }
 
+A class may say ``"from"`` where its ratios are not of layers measured with that pattern alone.
 A layer's heads share one launch, whose time is about the sum of theirs, so its ratio is the mean of
 its heads' classes. Sparse runs from the shortest measured length from which on that mean is at most
 1. A head's class is the smallest of its kind that is at least as large in both sizes; without one,
