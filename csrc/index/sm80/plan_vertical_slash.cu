@@ -28,6 +28,7 @@ __global__ void __launch_bounds__(kMarkThreads)
                       const __grid_constant__ IndexLists offsets, int32_t ctas_per_slot) {
   const PlanSizes& sizes = plan.sizes;
   const int slot = blockIdx.x / ctas_per_slot;
+  const int32_t kv_len = sizes.shape_of(slot / sizes.vs_heads).kv_len;
   const int64_t entry =
       static_cast<int64_t>(blockIdx.x % ctas_per_slot) * kMarkThreads + threadIdx.x;
   const bool is_column = entry < columns.length;
@@ -37,7 +38,7 @@ __global__ void __launch_bounds__(kMarkThreads)
   const int64_t value =
       list_value(lists, slot / sizes.vs_heads * lists.batch_stride +
                             slot % sizes.vs_heads * lists.head_stride + i * lists.stride);
-  if (value < 0 || value >= (is_column ? sizes.shape.kv_len : sizes.span())) return;
+  if (value < 0 || value >= (is_column ? kv_len : kv_len + kTileRows)) return;
   uint32_t* bits = (is_column ? plan.column_bits : plan.cover) +
                    static_cast<int64_t>(slot) * sizes.cover_words();
   atomicOr(bits + value / 32, 1u << (value % 32));
@@ -80,7 +81,8 @@ struct SlashScratch {
 __device__ __forceinline__ void list_segments(const Plan& plan, int64_t slot,
                                               SlashScratch& scratch) {
   const PlanSizes& sizes = plan.sizes;
-  const int words = sizes.cover_words(), span = sizes.span();
+  const int words = sizes.cover_words();
+  const int span = sizes.shape_of(slot / sizes.vs_heads).kv_len + kTileRows;
   uint32_t* cover = plan.cover + slot * words;
   Segment* segments = plan.segments + slot * sizes.max_offsets;
   const int rank = ScanTeam::rank();
