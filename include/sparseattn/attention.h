@@ -17,7 +17,7 @@ struct AttentionParams {
   View out;     // [batch, q_heads, q_len, head_dim]
   float* lse;   // [batch, q_heads, q_len] contiguous, natural log; may be null
   float scale;
-  Plan plan;
+  Plan plan;  // of the same shape; its sizes hold the lengths of the sequences
 };
 
 /// Head dims that the kernels exist for.

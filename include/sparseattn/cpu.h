@@ -38,6 +38,7 @@ struct AttentionParams {
   float* lse;   // [batch, q_heads, q_len] contiguous, natural log; may be null
   float scale;
   const HeadIndex* heads;  // [batch, q_heads]
+  Lengths lengths = {};
 };
 Status sparse_attention(const AttentionParams& params, const ParallelFor& parallel_for);
 
@@ -59,6 +60,7 @@ struct VerticalSlashEstimate {
   int32_t max_offsets;
   int32_t* columns;  // out [batch, heads, max_columns] ascending, then -1
   int32_t* offsets;  // out [batch, heads, max_offsets] ascending, then -1
+  Lengths lengths = {};
 };
 Status estimate_vertical_slash(const VerticalSlashEstimate& params,
                                const ParallelFor& parallel_for);
@@ -74,6 +76,7 @@ struct BlockSparseEstimate {
   const int32_t* top_k;     // [heads] or null: max_top_k for all
   int32_t max_top_k;
   uint8_t* block_mask;  // out bool [batch, heads, q_blocks, kv_blocks] contiguous
+  Lengths lengths = {};
 };
 Status estimate_block_sparse(const BlockSparseEstimate& params, const ParallelFor& parallel_for);
 

@@ -29,8 +29,9 @@ struct VerticalSlashEstimate {
   const int32_t* num_offsets;  // [heads] device, or null: max_offsets for all
   int32_t max_columns;
   int32_t max_offsets;
-  int32_t* columns;  // out [batch, heads, max_columns] ascending, then -1 to the end of the row
-  int32_t* offsets;  // out [batch, heads, max_offsets] ascending, then -1
+  int32_t* columns;      // out [batch, heads, max_columns] ascending, then -1 to the end of the row
+  int32_t* offsets;      // out [batch, heads, max_offsets] ascending, then -1
+  Lengths lengths = {};  // each sequence is estimated from its own last rows
 };
 size_t estimate_vertical_slash_bytes(const VerticalSlashEstimate& params);
 Status estimate_vertical_slash(const VerticalSlashEstimate& params, void* workspace,
@@ -52,6 +53,7 @@ struct BlockSparseEstimate {
   int32_t max_top_k;
   uint32_t* block_bits;  // out [batch, heads, q_blocks, block_words]
   uint8_t* block_mask;   // out bool [batch, heads, q_blocks, kv_blocks] contiguous, or null
+  Lengths lengths = {};  // blocks past a sequence's end select nothing and are not selected
 };
 size_t estimate_block_sparse_bytes(const BlockSparseEstimate& params);
 Status estimate_block_sparse(const BlockSparseEstimate& params, void* workspace,

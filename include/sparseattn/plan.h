@@ -15,7 +15,8 @@
 namespace sparseattn {
 
 /// Keys [e - distance - count, e - distance) of the query tile that ends at e, clipped to
-/// [0, kv_len). 1 <= count <= 64. Segments of a head are disjoint, `distance` ascending.
+/// [0, kv_len) of its sequence. 1 <= count <= 64. Segments of a head are disjoint, `distance`
+/// ascending.
 struct Segment {
   int32_t distance;
   int32_t count;
@@ -50,11 +51,16 @@ struct PlanSizes {
   int32_t block_q;      // 64 or 128 when bs_heads > 0
   int32_t block_kv;     // 64 or 128 when bs_heads > 0
 
+  Lengths lengths = {};  // of each sequence; memory and strides are those of the whole shape
+
+  SPARSEATTN_HOST_DEVICE Shape shape_of(int64_t sequence) const {
+    return sequence_shape(shape, lengths, sequence);
+  }
   constexpr int32_t q_blocks() const { return (shape.q_len + block_q - 1) / block_q; }
   constexpr int32_t kv_blocks() const { return (shape.kv_len + block_kv - 1) / block_kv; }
   /// 32-bit words in one row of `block_bits`.
   constexpr int32_t block_words() const { return (kv_blocks() + 31) / 32; }
-  /// Distances from a tile's end lie in [0, span).
+  /// Distances from a tile's end lie in [0, span), in a shorter sequence in [0, its kv_len + 64).
   constexpr int32_t span() const { return shape.kv_len + kTileRows; }
   /// 32-bit words in one row of `cover`.
   constexpr int32_t cover_words() const { return (span() + 31) / 32; }
@@ -106,7 +112,8 @@ Plan carve_plan(const PlanSizes& sizes, void* workspace);
 Status plan_heads(const Plan& plan, const Pattern* patterns, cudaStream_t stream);
 
 /// Index lists as the caller has them: any order, duplicates allowed, values outside
-/// [0, kv_len + 63] select nothing. int32 or int64, element strides, zero strides allowed.
+/// [0, kv_len + 63] select nothing (kv_len of the sequence). int32 or int64, element strides, zero
+/// strides allowed.
 struct IndexLists {
   const void* data;  // [batch, vs_heads, length]
   bool wide;         // int64 rather than int32

@@ -32,7 +32,8 @@ struct alignas(16) Step {
 
 constexpr int kMaxSteps = 128;
 
-/// Positions of a query tile's rows: first .. last - 1. Full tiles end at `end`.
+/// Positions of a query tile's rows: first .. last - 1. Full tiles end at `end`. The shape is that
+/// of the tile's sequence, and the tile has at least one row.
 struct TileScope {
   int end;
   int first;

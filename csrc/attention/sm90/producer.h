@@ -31,8 +31,9 @@ __device__ __forceinline__ Tile tile_of(const AttentionParams& params, uint32_t 
   tile.sequence = kv_head / shape.kv_heads;
   tile.head = kv_head % shape.kv_heads * group + rest % group;
   tile.first_row = static_cast<int32_t>(pairs - 1 - rest / group) * kPairRows;
-  tile.q_len = shape.q_len;
-  tile.kv_len = shape.kv_len;
+  const Shape own = params.plan.sizes.shape_of(tile.sequence);
+  tile.q_len = own.q_len;
+  tile.kv_len = own.kv_len;
   tile.task = params.plan.heads[static_cast<int64_t>(tile.sequence) * shape.q_heads + tile.head];
   return tile;
 }

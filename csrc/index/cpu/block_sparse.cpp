@@ -25,8 +25,9 @@ struct Scratch {
   std::vector<int32_t> picked;
 };
 
-/// Query blocks [begin, begin + count) of one head.
+/// Query blocks [begin, begin + count) of one head, all of which have rows.
 struct Item {
+  Shape shape;  // of the sequence
   Rows q;
   Rows mean_keys;
   int64_t begin;
@@ -36,10 +37,10 @@ struct Item {
 /// s.ranks [count][kv_blocks] = mean query . mean key.
 void score_blocks(const Kernels& kernels, const BlockSparseEstimate& p, const Item& item,
                   int32_t kv_blocks, Scratch& s) {
-  const int32_t dim = p.shape.head_dim;
+  const int32_t dim = item.shape.head_dim;
   for (int32_t i = 0; i < item.count; ++i) {
     const int64_t row = (item.begin + i) * p.block;
-    kernels.mean(item.q, row, std::min<int64_t>(row + p.block, p.shape.q_len), dim,
+    kernels.mean(item.q, row, std::min<int64_t>(row + p.block, item.shape.q_len), dim,
                  s.means.data() + i * dim);
   }
   const Rows means{s.means.data(), dim, DType::kFloat32};
@@ -62,15 +63,14 @@ void score_blocks(const Kernels& kernels, const BlockSparseEstimate& p, const It
   }
 }
 
-/// Marks the best blocks of one query block in `mask` [kv_blocks].
-void select(const BlockSparseEstimate& p, int64_t q_block, int32_t top_k, int32_t kv_blocks,
-            float* ranks, uint8_t* mask, std::vector<int32_t>* picked) {
-  const int64_t history = int64_t{p.shape.kv_len} - p.shape.q_len;
-  const int64_t first = q_block * p.block + history;
-  const int64_t last = std::min<int64_t>((q_block + 1) * p.block, p.shape.q_len) - 1 + history;
-  ranks[first / p.block] = kForced;
-  pick_largest(ranks, static_cast<int32_t>(last / p.block) + 1, top_k, picked);
-  std::fill_n(mask, kv_blocks, uint8_t{0});
+/// Marks the best blocks of one query block in `mask`, which is all zeros.
+void select(const Shape& shape, int32_t block, int64_t q_block, int32_t top_k, float* ranks,
+            uint8_t* mask, std::vector<int32_t>* picked) {
+  const int64_t history = int64_t{shape.kv_len} - shape.q_len;
+  const int64_t first = q_block * block + history;
+  const int64_t last = std::min<int64_t>((q_block + 1) * block, shape.q_len) - 1 + history;
+  ranks[first / block] = kForced;
+  pick_largest(ranks, static_cast<int32_t>(last / block) + 1, top_k, picked);
   for (int32_t j : *picked) mask[j] = 1;
 }
 
@@ -84,17 +84,18 @@ Status estimate_block_sparse(const BlockSparseEstimate& p, const ParallelFor& pa
   if (p.block < 1) return {1, "block: expected >= 1"};
   const Kernels& kernels = select_kernels();
   const int32_t dim = shape.head_dim;
-  const int32_t q_blocks = (shape.q_len + p.block - 1) / p.block;
-  const int32_t kv_blocks = (shape.kv_len + p.block - 1) / p.block;
+  const auto blocks_of = [&p](int32_t length) { return (length + p.block - 1) / p.block; };
+  const int32_t q_blocks = blocks_of(shape.q_len), kv_blocks = blocks_of(shape.kv_len);
 
   const int64_t kv_heads = int64_t{shape.batch} * shape.kv_heads;
   const FloatBuffer mean_keys(static_cast<size_t>(kv_heads * kv_blocks * dim));
   for_each_item<NoScratch>(parallel_for, kv_heads * kv_blocks, [&](int64_t i, NoScratch&) {
     const int64_t head = i / kv_blocks;
     const int64_t row = i % kv_blocks * p.block;
+    const int32_t kv_len = sequence_shape(shape, p.lengths, head / shape.kv_heads).kv_len;
+    if (row >= kv_len) return;
     const Rows k = rows_of_head(p.k, p.dtype, head / shape.kv_heads, head % shape.kv_heads, 0);
-    kernels.mean(k, row, std::min<int64_t>(row + p.block, shape.kv_len), dim,
-                 mean_keys.data() + i * dim);
+    kernels.mean(k, row, std::min<int64_t>(row + p.block, kv_len), dim, mean_keys.data() + i * dim);
   });
 
   const int32_t groups = (q_blocks + kTileRows - 1) / kTileRows;
@@ -106,15 +107,21 @@ Status estimate_block_sparse(const BlockSparseEstimate& p, const ParallelFor& pa
     const int32_t q_head = p.head_ids == nullptr ? ordinal : p.head_ids[ordinal];
     const int64_t kv_head = sequence * shape.kv_heads + q_head / shape.group();
     const int64_t begin = i % groups * kTileRows;
-    const Item item{rows_of_head(p.q, p.dtype, sequence, q_head, 0),
+    uint8_t* mask = p.block_mask + (head * q_blocks + begin) * kv_blocks;
+    std::fill_n(mask, std::min<int64_t>(kTileRows, q_blocks - begin) * kv_blocks, uint8_t{0});
+
+    const Shape own = sequence_shape(shape, p.lengths, sequence);
+    const int64_t own_rows = std::min<int64_t>(kTileRows, blocks_of(own.q_len) - begin);
+    if (own_rows <= 0) return;
+    const int32_t own_columns = blocks_of(own.kv_len);
+    const Item item{own, rows_of_head(p.q, p.dtype, sequence, q_head, 0),
                     Rows{mean_keys.data() + kv_head * kv_blocks * dim, dim, DType::kFloat32}, begin,
-                    static_cast<int32_t>(std::min<int64_t>(kTileRows, q_blocks - begin))};
-    score_blocks(kernels, p, item, kv_blocks, s);
+                    static_cast<int32_t>(own_rows)};
+    score_blocks(kernels, p, item, own_columns, s);
     const int32_t top_k = p.top_k == nullptr ? p.max_top_k : p.top_k[ordinal];
     for (int32_t r = 0; r < item.count; ++r) {
-      select(p, begin + r, std::min(top_k, p.max_top_k), kv_blocks,
-             s.ranks.data() + int64_t{r} * kv_blocks,
-             p.block_mask + (head * q_blocks + begin + r) * kv_blocks, &s.picked);
+      select(own, p.block, begin + r, std::min(top_k, p.max_top_k),
+             s.ranks.data() + int64_t{r} * own_columns, mask + int64_t{r} * kv_blocks, &s.picked);
     }
   });
   return {};

@@ -114,19 +114,20 @@ Status estimate_vertical_slash(const VerticalSlashEstimate& p, const ParallelFor
   const int64_t items = int64_t{shape.batch} * p.heads;
   for_each_item<Scratch>(parallel_for, items, [&](int64_t item, Scratch& s) {
     const int64_t sequence = item / p.heads;
+    const Shape own = sequence_shape(shape, p.lengths, sequence);
     const int32_t ordinal = static_cast<int32_t>(item % p.heads);
     const int32_t q_head = p.head_ids == nullptr ? ordinal : p.head_ids[ordinal];
-    const int32_t rows = std::min(p.last_q, shape.q_len);
+    const int32_t rows = std::min(p.last_q, own.q_len);
     const Head head{
-        rows_of_head(p.q, p.dtype, sequence, q_head, shape.q_len - rows),
+        rows_of_head(p.q, p.dtype, sequence, q_head, own.q_len - rows),
         rows_of_head(p.k, p.dtype, sequence, q_head / shape.group(), 0),
         rows,
     };
-    sum_masses(kernels, shape, p.scale, head, s);
-    select(s.columns.data(), shape.kv_len, p.sink,
+    sum_masses(kernels, own, p.scale, head, s);
+    select(s.columns.data(), own.kv_len, p.sink,
            p.num_columns == nullptr ? p.max_columns : p.num_columns[ordinal], p.max_columns,
            p.columns + item * p.max_columns, &s.picked);
-    select(s.offsets.data() + kOffsetBase, shape.kv_len, p.local,
+    select(s.offsets.data() + kOffsetBase, own.kv_len, p.local,
            p.num_offsets == nullptr ? p.max_offsets : p.num_offsets[ordinal], p.max_offsets,
            p.offsets + item * p.max_offsets, &s.picked);
   });

@@ -64,7 +64,7 @@ struct Masses {
         scores[n][i] = cuda::exp2_approx(fmaf(scores[n][i], job.scale_log2, -normalizer[n][i % 2]));
       }
     }
-    if (key + 15 > job.origin) hide_future(scores, key);
+    if (key + 15 > scope.own.origin) hide_future(scores, key);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float sum = 0.f;
@@ -95,7 +95,7 @@ struct Masses {
     for (int n = 0; n < 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int position = job.origin + 8 * n + 2 * t + i % 2;
+        const int position = scope.own.origin + 8 * n + 2 * t + i % 2;
         if (key + g + i / 2 * 8 > position) scores[n][i] = 0.f;
       }
     }
@@ -111,7 +111,7 @@ struct Masses {
     float sum = odd ? high : low;
     sum += __shfl_xor_sync(cuda::kFullWarp, odd ? low : high, 1);
     const int column = key + 8 * t + g;
-    if (column < job.in.shape.kv_len) job.column_mass[scope.row * job.mass_stride + column] = sum;
+    if (column < scope.own.kv_len) job.column_mass[scope.row * job.mass_stride + column] = sum;
   }
 
   __device__ __forceinline__ void write_diagonals(int step) {
@@ -143,8 +143,8 @@ struct Masses {
     if (diagonal >= 0 && scope.chunk > 0) {
       job.spill[(scope.row * job.max_chunks + scope.chunk) * 64 + diagonal] = sum;
     } else {
-      const int offset = job.origin - scope.first_key + diagonal;
-      if (offset >= 0 && offset < job.in.shape.kv_len) {
+      const int offset = scope.own.origin - scope.first_key + diagonal;
+      if (offset >= 0 && offset < scope.own.kv_len) {
         job.offset_mass[scope.row * job.mass_stride + offset] = sum;
       }
     }
@@ -155,7 +155,8 @@ template <class Traits>
 __global__ void __launch_bounds__(32 * kMaxHeadsPerCta, 2)
     masses_kernel(const __grid_constant__ VerticalSlashJob job) {
   extern __shared__ __align__(128) unsigned char smem[];
-  const ChunkScope scope(job);
+  __shared__ SequenceScope own;
+  const ChunkScope scope(job, own);
   if (__syncthreads_or(scope.active) == 0) return;
   auto* arrays = reinterpret_cast<DiagonalArrays*>(smem + Traits::kRingBytes);
   Masses masses(job, scope, arrays[threadIdx.x / 32]);

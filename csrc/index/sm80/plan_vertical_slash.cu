@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(kMarkThreads)
                       const __grid_constant__ IndexLists offsets, int32_t ctas_per_slot) {
   const PlanSizes& sizes = plan.sizes;
   const int slot = blockIdx.x / ctas_per_slot;
+  const int32_t kv_len = sizes.shape_of(slot / sizes.vs_heads).kv_len;
   const int64_t entry =
       static_cast<int64_t>(blockIdx.x % ctas_per_slot) * kMarkThreads + threadIdx.x;
   const bool is_column = entry < columns.length;
@@ -38,7 +39,7 @@ __global__ void __launch_bounds__(kMarkThreads)
   const int64_t value =
       list_value(lists, slot / sizes.vs_heads * lists.batch_stride +
                             slot % sizes.vs_heads * lists.head_stride + i * lists.stride);
-  if (value < 0 || value >= (is_column ? sizes.shape.kv_len : sizes.span())) return;
+  if (value < 0 || value >= (is_column ? kv_len : kv_len + kTileRows)) return;
   uint32_t* bits = (is_column ? plan.column_bits : plan.offset_bits) +
                    static_cast<int64_t>(slot) * sizes.cover_words();
   atomicOr(bits + value / 32, 1u << (value % 32));
@@ -77,13 +78,15 @@ __global__ void __launch_bounds__(kMarkThreads)
     cover_kernel(const __grid_constant__ Plan plan, int32_t ctas_per_slot) {
   const PlanSizes& sizes = plan.sizes;
   const int words = sizes.cover_words();
-  const int64_t row = static_cast<int64_t>(blockIdx.x / ctas_per_slot) * words;
+  const int slot = blockIdx.x / ctas_per_slot;
+  const int64_t row = static_cast<int64_t>(slot) * words;
   const int word = blockIdx.x % ctas_per_slot * kMarkThreads + threadIdx.x;
   if (word >= words) return;
+  const int32_t span = sizes.shape_of(slot / sizes.vs_heads).kv_len + kTileRows;
   const uint32_t* offsets = plan.offset_bits + row;
   const uint32_t covered = cover_word(offsets[word], word > 0 ? offsets[word - 1] : 0,
                                       word > 1 ? offsets[word - 2] : 0);
-  plan.cover[row + word] = clip_word(covered, 32 * word, sizes.span());
+  plan.cover[row + word] = clip_word(covered, 32 * word, span);
 }
 
 /// The cover of a slot, word by word; 0 outside.
