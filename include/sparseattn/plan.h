@@ -99,7 +99,7 @@ struct Plan {
                           //   the next multiple of 64 rows, the rest is never read
   void* packed_v;         // [batch * vs_heads, packed_rows, head_dim]
   uint32_t* block_bits;   // [batch * bs_heads, q_blocks, block_words] bit j: block j is selected
-  uint32_t* next_tile;    // [1] tiles handed out by the Hopper kernel; plan_heads sets it to 0
+  uint32_t* next_tile;    // [1] tiles that a launch of the Hopper kernel has handed out
 };
 
 /// Bytes of device memory that a plan of these sizes takes.
@@ -107,7 +107,7 @@ size_t plan_bytes(const PlanSizes& sizes);
 /// Lays a plan out in `workspace` (plan_bytes(sizes) bytes, aligned to 256). Touches no memory.
 Plan carve_plan(const PlanSizes& sizes, void* workspace);
 
-/// Fills heads, vs_heads, vs_budget, bs_heads, bs_budget and next_tile from `patterns` [q_heads], a host array
+/// Fills heads, vs_heads, vs_budget, bs_heads and bs_budget from `patterns` [q_heads], a host array
 /// that is read before the call returns (it travels as kernel arguments, not as a copy).
 Status plan_heads(const Plan& plan, const Pattern* patterns, cudaStream_t stream);
 
