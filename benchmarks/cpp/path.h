@@ -23,7 +23,8 @@ constexpr Path kPaths[] = {{"sm80", sparseattn::sparse_attention_sm80},
                            {"sm90", sparseattn::sparse_attention_sm90}};
 
 inline void add_path_option(Options& options) {
-  options.add("path", "P", "auto", "attention kernel: sm80, sm90, or auto: the best that runs here");
+  options.add("path", "P", "auto",
+              "attention kernel: sm80, sm90, or auto: the best that runs here");
 }
 
 /// The kernel that --path names. `auto` takes what the library would take on this device.
@@ -39,8 +40,7 @@ inline Path choose_path(const Options& options) {
   check(cudaGetDevice(&device), "device");
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device");
   check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "device");
-  const bool hopper =
-      sparseattn::attention_path(major, minor) == sparseattn::AttentionPath::kSm90;
+  const bool hopper = sparseattn::attention_path(major, minor) == sparseattn::AttentionPath::kSm90;
   return kPaths[hopper ? 1 : 0];
 }
 

@@ -91,12 +91,8 @@ class Consumer {
     }
   }
 
-  /// Reads the next round's word, if it is there; else the word is left for await_round().
-  __device__ __forceinline__ bool try_round(RoundWord& word) {
-    if (!__all_sync(~0u, smem_.round_full[index_][round_.index].test_wait(round_.parity)))
-      return false;
-    read_round(word);
-    return true;
+  __device__ __forceinline__ bool round_is_there() {
+    return smem_.round_full[index_][round_.index].test_wait(round_.parity);
   }
   __device__ __forceinline__ void await_round(RoundWord& word) {
     smem_.round_full[index_][round_.index].wait(round_.parity);
@@ -136,30 +132,30 @@ class Consumer {
         if (!ahead) await_round(step);
         // With nothing to do, finish: stages that are held would stop the rings.
         if (!step.has(RoundWord::kStep)) break;
-        Scores scores;
-        await_keys(step);
+        await_stages(step, before);
         take_turn();
+        Scores scores;
         issue_scores(step, scores);
+        const bool there = !step.has(RoundWord::kEnd) && round_is_there();
         issue_output(before, probabilities);
         pass_turn();
         RoundWord next;
-        ahead = !step.has(RoundWord::kEnd) && try_round(next);
+        ahead = __all_sync(~0u, there);
+        if (ahead) read_round(next);
         cute::warpgroup_wait<1>();
         finish_scores(step, scores, tile);
         float rescale[2];
-        const bool changed = softmax_.step(scores, scale_log2_, rescale);
-        cute::warpgroup_wait<0>();
-        cute::warpgroup_fence_operand(output_);
-        release_values(before);
+        const bool changed = softmax_.raise(scores, scale_log2_, rescale);
+        // By now the output of the step before is there, and its probabilities may be replaced.
+        finish_output(before);
         if (changed) scale_output(rescale);
-        narrow(scores, probabilities);
+        exponentiate(scores, probabilities);
         before = step;
         step = next;
       }
+      await_values(before);
       issue_output(before, probabilities);
-      cute::warpgroup_wait<0>();
-      cute::warpgroup_fence_operand(output_);
-      release_values(before);
+      finish_output(before);
       if (before.has(RoundWord::kEnd)) return;
     }
   }
@@ -167,16 +163,23 @@ class Consumer {
   /// A step with no output left to compute.
   __device__ __forceinline__ void begin_steps(RoundWord step, Probabilities& probabilities,
                                               const Tile& tile) {
-    Scores scores;
-    await_keys(step);
+    smem_.keys_full[step.stage(0)].wait(step.parity(0));
+    smem_.keys_full[step.stage(1)].wait(step.parity(1));
     take_turn();
+    Scores scores;
     issue_scores(step, scores);
     pass_turn();
     cute::warpgroup_wait<0>();
     finish_scores(step, scores, tile);
     float rescale[2];
-    if (softmax_.step(scores, scale_log2_, rescale)) scale_output(rescale);
-    narrow(scores, probabilities);
+    if (softmax_.raise(scores, scale_log2_, rescale)) scale_output(rescale);
+    exponentiate(scores, probabilities);
+  }
+
+  __device__ __forceinline__ void exponentiate(const Scores& scores, Probabilities& out) {
+    auto words = cute::recast<uint32_t>(out);
+    softmax_.exponentiate(scores, scale_log2_,
+                          [&](int i, float a, float b) { words(i) = pack(a, b); });
   }
 
   __device__ __forceinline__ void scale_output(const float (&rescale)[2]) {
@@ -184,9 +187,23 @@ class Consumer {
     for (int i = 0; i < cute::size(output_); ++i) output_(i) *= rescale[i / 2 % 2];
   }
 
-  __device__ __forceinline__ void await_keys(RoundWord step) {
-    smem_.keys_full[step.stage(0)].wait(step.parity(0));
-    smem_.keys_full[step.stage(1)].wait(step.parity(1));
+  /// Waits for the keys of `step` and the values of `before`; all four are asked before any is
+  /// waited for.
+  __device__ __forceinline__ void await_stages(RoundWord step, RoundWord before) {
+    bool there = true;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      there &= smem_.keys_full[step.stage(i)].test_wait(step.parity(i));
+      there &= smem_.values_full[before.stage(i)].test_wait(before.parity(i));
+    }
+    if (there) return;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) smem_.keys_full[step.stage(i)].wait(step.parity(i));
+    await_values(before);
+  }
+  __device__ __forceinline__ void await_values(RoundWord step) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) smem_.values_full[step.stage(i)].wait(step.parity(i));
   }
 
   /// Scores have arrived: masks them and lets the keys go.
@@ -199,7 +216,10 @@ class Consumer {
     if (!single) release(smem_.keys_free[step.stage(1)]);
   }
 
-  __device__ __forceinline__ void release_values(RoundWord step) {
+  /// The output has arrived: lets the values go.
+  __device__ __forceinline__ void finish_output(RoundWord step) {
+    cute::warpgroup_wait<0>();
+    cute::warpgroup_fence_operand(output_);
     release(smem_.values_free[step.stage(0)]);
     if (!step.has(RoundWord::kSingle)) release(smem_.values_free[step.stage(1)]);
   }
@@ -235,8 +255,6 @@ class Consumer {
   /// output += probabilities x values of two boxes.
   __device__ __forceinline__ void issue_output(RoundWord step, const Probabilities& probabilities) {
     using namespace cute;
-    smem_.values_full[step.stage(0)].wait(step.parity(0));
-    smem_.values_full[step.stage(1)].wait(step.parity(1));
     OutputMma mma;
     const auto values = mma.get_slice(0).partition_fragment_B(
         make_tensor(make_smem_ptr(smem_.values[0]), typename Traits::ValueLayout{}));
@@ -255,12 +273,6 @@ class Consumer {
     warpgroup_commit_batch();
   }
 
-  static __device__ __forceinline__ void narrow(const Scores& scores, Probabilities& out) {
-    auto words = cute::recast<uint32_t>(out);
-    static_assert(2 * decltype(cute::size(words))::value == decltype(cute::size(scores))::value);
-#pragma unroll
-    for (int i = 0; i < cute::size(words); ++i) words(i) = pack(scores(2 * i), scores(2 * i + 1));
-  }
   /// Two values rounded, in one word.
   static __device__ __forceinline__ uint32_t pack(float a, float b) {
     if constexpr (std::is_same_v<Element, cutlass::half_t>) {

@@ -24,11 +24,12 @@ struct OnlineSoftmax {
     sum[0] = sum[1] = 0.f;
   }
 
-  /// Turns scores into probabilities. `rescale` receives the factors from the old maxima to the new
-  /// ones, exactly 1 where a maximum stays: a rounding error here would compound over the thousands
-  /// of steps of a long row. Returns whether any row of the warp needs them.
+  /// Raises the maxima to those of the scores. `rescale` receives the factors from the old maxima
+  /// to the new ones, exactly 1 where a maximum stays: a rounding error here would compound over
+  /// the thousands of steps of a long row. Returns whether any row of the warp needs them.
   template <class Scores>
-  __device__ __forceinline__ bool step(Scores& scores, float scale_log2, float (&rescale)[2]) {
+  __device__ __forceinline__ bool raise(const Scores& scores, float scale_log2,
+                                        float (&rescale)[2]) {
     constexpr int kTiles = decltype(cute::size(scores))::value / 4;
     // Two chains a row, and both rows at once: one chain alone would wait on its own latency.
     float high[2][2] = {{max[0], max[0]}, {max[1], max[1]}};
@@ -48,32 +49,43 @@ struct OnlineSoftmax {
         top[row] = fmaxf(top[row], __shfl_xor_sync(~0u, top[row], lanes));
       }
     }
-    float shift[2], total[2][2] = {{0.f, 0.f}, {0.f, 0.f}};
     bool changed = false;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      // A row that has seen nothing yet keeps -inf as its maximum; 0 stands in for it below.
-      const float safe = top[row] == -INFINITY ? 0.f : top[row];
-      shift[row] = safe * scale_log2;
-      rescale[row] = cuda::exp2_approx((max[row] - safe) * scale_log2);
+      rescale[row] = cuda::exp2_approx((max[row] - finite(top[row])) * scale_log2);
       changed = changed || rescale[row] != 1.f;
       max[row] = top[row];
-    }
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        float& score = scores(4 * n + i);
-        score = cuda::exp2_approx(fmaf(score, scale_log2, -shift[i / 2]));
-        total[i / 2][i % 2] += score;
-      }
-    }
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      sum[row] = fmaf(sum[row], rescale[row], total[row][0] + total[row][1]);
+      sum[row] *= rescale[row];
     }
     return __any_sync(~0u, changed);
   }
+
+  /// Turns scores into probabilities, two by two: write(i, a, b) receives elements 2 i and 2 i + 1.
+  template <class Scores, class Write>
+  __device__ __forceinline__ void exponentiate(const Scores& scores, float scale_log2,
+                                               const Write& write) {
+    constexpr int kTiles = decltype(cute::size(scores))::value / 4;
+    const float shift[2] = {finite(max[0]) * scale_log2, finite(max[1]) * scale_log2};
+    float total[2][2] = {{0.f, 0.f}, {0.f, 0.f}};
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const int i = 4 * n + 2 * row;
+        const float a = cuda::exp2_approx(fmaf(scores(i), scale_log2, -shift[row]));
+        const float b = cuda::exp2_approx(fmaf(scores(i + 1), scale_log2, -shift[row]));
+        total[row][0] += a;
+        total[row][1] += b;
+        write(i / 2, a, b);
+      }
+    }
+    sum[0] += total[0][0] + total[0][1];
+    sum[1] += total[1][0] + total[1][1];
+  }
+
+ private:
+  /// A row that has seen nothing yet keeps -inf as its maximum; 0 stands in for it in differences.
+  static __device__ __forceinline__ float finite(float x) { return x == -INFINITY ? 0.f : x; }
 };
 
 }  // namespace sparseattn::sm90
