@@ -24,8 +24,9 @@ SCHEMAS = {
     "sparse_attention": "(Tensor q, Tensor k, Tensor v, int[] patterns, *, "
     "float? scale=None, bool return_lse=False) -> (Tensor, Tensor)",
     "estimate_vertical_slash": "(Tensor q, Tensor k, *, int num_columns, int num_offsets, "
-    "int last_q=64, int sink=30, int local=100) -> (Tensor, Tensor)",
-    "estimate_block_sparse": "(Tensor q, Tensor k, *, int top_k, int block=64) -> Tensor",
+    "int last_q=64, int sink=30, int local=100, float? share=None) -> (Tensor, Tensor)",
+    "estimate_block_sparse": "(Tensor q, Tensor k, *, int top_k, int block=64, "
+    'float? share=None, str method="mean", int stride=16) -> Tensor',
 }
 OPS = list(SCHEMAS)
 

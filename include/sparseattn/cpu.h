@@ -59,6 +59,8 @@ struct VerticalSlashEstimate {
   int32_t max_offsets;
   int32_t* columns;  // out [batch, heads, max_columns] ascending, then -1
   int32_t* offsets;  // out [batch, heads, max_offsets] ascending, then -1
+  int32_t share = 0;                // of all heads where `shares` is null; millionths, 0: none
+  const int32_t* shares = nullptr;  // [heads]
 };
 Status estimate_vertical_slash(const VerticalSlashEstimate& params,
                                const ParallelFor& parallel_for);
@@ -74,6 +76,10 @@ struct BlockSparseEstimate {
   const int32_t* top_k;     // [heads] or null: max_top_k for all
   int32_t max_top_k;
   uint8_t* block_mask;  // out bool [batch, heads, q_blocks, kv_blocks] contiguous
+  int32_t share = 0;    // as in VerticalSlashEstimate
+  const int32_t* shares = nullptr;   // [heads]
+  int32_t stride = 0;                // of all heads where `strides` is null; 0: means
+  const int32_t* strides = nullptr;  // [heads]
 };
 Status estimate_block_sparse(const BlockSparseEstimate& params, const ParallelFor& parallel_for);
 

@@ -57,8 +57,11 @@ struct Plan {
   HeadTask* heads;        // [batch, q_heads]
   int32_t* vs_heads;      // [vs_heads] query head of each vertical-slash ordinal
   int32_t* vs_budget;     // [2, vs_heads] columns and offsets asked for (Pattern a and b)
+  int32_t* vs_share;      // [vs_heads] Pattern share
   int32_t* bs_heads;      // [bs_heads]
   int32_t* bs_budget;     // [bs_heads] blocks asked for in a row
+  int32_t* bs_share;      // [bs_heads] Pattern share
+  int32_t* bs_stride;     // [bs_heads] Pattern stride
   int32_t* num_segments;  // [batch * vs_heads]
   int32_t* num_columns;   // [batch * vs_heads]
   Segment* segments;      // [batch * vs_heads, max_offsets]
@@ -75,8 +78,8 @@ size_t plan_bytes(const PlanSizes& sizes);
 /// Lays a plan out in `workspace` (plan_bytes(sizes) bytes, aligned to 256). Touches no memory.
 Plan carve_plan(const PlanSizes& sizes, void* workspace);
 
-/// Fills heads, vs_heads, vs_budget, bs_heads and bs_budget from `patterns` [q_heads], a host array
-/// that is read before the call returns (it travels as kernel arguments, not as a copy).
+/// Fills heads and all that is [vs_heads] or [bs_heads] from `patterns` [q_heads], a host array that
+/// is read before the call returns (it travels as kernel arguments, not as a copy).
 Status plan_heads(const Plan& plan, const Pattern* patterns, cudaStream_t stream);
 
 /// Index lists as the caller has them: any order, duplicates allowed, values outside
