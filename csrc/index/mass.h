@@ -83,19 +83,4 @@ SPARSEATTN_BOTH inline bool share_reached(uint64_t kept, uint64_t total, int32_t
   return static_cast<double>(kept) * kWholeShare >= static_cast<double>(total) * share;
 }
 
-/// The smallest t in [0, count] with holds(t); holds(count) is taken for granted.
-template <class Holds>
-SPARSEATTN_BOTH inline uint64_t least(uint64_t count, const Holds& holds) {
-  uint64_t low = 0, high = count;
-  while (low < high) {
-    const uint64_t middle = low + (high - low) / 2;
-    if (holds(middle)) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  return low;
-}
-
 }  // namespace sparseattn::index

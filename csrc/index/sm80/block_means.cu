@@ -27,6 +27,7 @@ __global__ void __launch_bounds__(kMeanThreads)
   const int block = static_cast<int>(cta % blocks);
   const int64_t row = cta / blocks;
   const int ordinal = static_cast<int>(row % heads);
+  if (is_query && in.strides != nullptr && in.strides[ordinal] != in.stride) return;
   const int64_t head = is_query ? listed_head(in.head_ids, ordinal) : ordinal;
   const int64_t first = static_cast<int64_t>(block) * in.block;
   const int count = min(in.block, static_cast<int>(length - first));
