@@ -25,6 +25,7 @@ from torch import Tensor
 
 import sparseattn
 from sparseattn import AShape, BlockSparse, Dense, Pattern, VerticalSlash
+from sparseattn.patterns import options_of
 
 RESULTS = Path(__file__).parent / "results"
 TILE = 64  # rows of a query tile in the cover rule
@@ -374,11 +375,12 @@ def pattern_pairs(q: Tensor, k: Tensor, patterns: Iterable[Pattern]) -> dict[Pat
     for pattern in set(patterns):
         if isinstance(pattern, VerticalSlash):
             lists = sparseattn.estimate_vertical_slash(
-                q, k, num_columns=pattern.columns, num_offsets=pattern.offsets
+                q, k, num_columns=pattern.columns, num_offsets=pattern.offsets, share=pattern.share
             )
             counted = vertical_slash_pairs(*lists, tokens).cpu()
         elif isinstance(pattern, BlockSparse):
-            mask = sparseattn.estimate_block_sparse(q, k, top_k=pattern.top_k)
+            how = options_of(pattern)
+            mask = sparseattn.estimate_block_sparse(q, k, top_k=pattern.top_k, **how)
             counted = block_pairs(mask, 64, 64).cpu()
         elif isinstance(pattern, AShape):
             counted = torch.full((heads,), a_shape_pairs(tokens, pattern.sink, pattern.window))

@@ -7,11 +7,11 @@
 // column (recent keys) or as an offset (those that lead to the sinks).
 //
 // Candidates are single columns and runs, the offsets [64 j, 64 j + 64). They rank by mass per
-// price in 64-wide tiles of keys. A run adds its cover, one tile where a neighbour is kept: price 1.
-// A column adds 1/64 tile, but is priced at 1/16: within 64 rows a diagonal of mass m also shows as
-// 64 columns of m/64, which would cost what the diagonal costs although no other row sees it there.
-// At 1/16 a run goes before its own trace, be it cut in two by the edge of a run, and a column
-// before the trace that it leaves in the offsets.
+// price in 64-wide tiles of keys. A run adds its cover, one tile where a neighbour is kept:
+// price 1. A column adds 1/64 tile, but is priced at 1/16: within 64 rows a diagonal of mass m also
+// shows as 64 columns of m/64, which would cost what the diagonal costs although no other row sees
+// it there. At 1/16 a run goes before its own trace, be it cut in two by the edge of a run, and a
+// column before the trace that it leaves in the offsets.
 //
 // Every probability lies on one column and on one offset. As if the two were independent, a
 // selection that leaves columns of mass c out of C and runs of mass s out of S leaves c s / S

@@ -222,7 +222,8 @@ std::vector<Pattern> check_patterns(const std::vector<int64_t>& flat, const Shap
       value_error("patterns: expected a share of at most 1 of a vertical-slash or block-sparse ",
                   "pattern for head ", head, ", got code ", code);
     }
-    if (stride != 0 && (!is_blocks || (stride != 4 && stride != 8 && stride != 16 && stride != 32))) {
+    if (stride != 0 &&
+        (!is_blocks || (stride != 4 && stride != 8 && stride != 16 && stride != 32))) {
       value_error("patterns: expected a stride of 4, 8, 16 or 32 of a block-sparse pattern for ",
                   "head ", head, ", got code ", code);
     }

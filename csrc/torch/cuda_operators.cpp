@@ -97,7 +97,8 @@ class Call {
     run_estimate(VerticalSlashEstimate{
         shape, dtype_of(q_), view_of(q_), view_of(k_), check_scale(std::nullopt, shape), 64, 30,
         100, sizes.vs_heads, plan.vs_heads, plan.vs_budget, plan.vs_budget + sizes.vs_heads,
-        sizes.max_columns, sizes.max_offsets, columns, offsets, 0, any_share ? plan.vs_share : nullptr});
+        sizes.max_columns, sizes.max_offsets, columns, offsets, 0,
+        any_share ? plan.vs_share : nullptr});
     const auto as_lists = [&](const int32_t* data, int64_t length) {
       return IndexLists{data,   false, static_cast<int32_t>(length), sizes.vs_heads * length,
                         length, 1};
@@ -108,10 +109,10 @@ class Call {
   /// Estimates the blocks of the block-sparse heads that score with `stride` straight into the
   /// plan.
   void estimate_blocks(int32_t max_top_k, bool any_share, int32_t stride) {
-    run_estimate(BlockSparseEstimate{
-        shape, dtype_of(q_), view_of(q_), view_of(k_), plan.sizes.block_q, plan.sizes.bs_heads,
-        plan.bs_heads, plan.bs_budget, max_top_k, plan.block_bits, nullptr, 0,
-        any_share ? plan.bs_share : nullptr, stride, plan.bs_stride});
+    run_estimate(BlockSparseEstimate{shape, dtype_of(q_), view_of(q_), view_of(k_),
+                                     plan.sizes.block_q, plan.sizes.bs_heads, plan.bs_heads,
+                                     plan.bs_budget, max_top_k, plan.block_bits, nullptr, 0,
+                                     any_share ? plan.bs_share : nullptr, stride, plan.bs_stride});
   }
 
   std::tuple<Tensor, Tensor> attend(bool return_lse) {

@@ -32,9 +32,9 @@ struct VerticalSlashEstimate {
   const int32_t* num_offsets;  // [heads] device, or null: max_offsets for all
   int32_t max_columns;
   int32_t max_offsets;
-  int32_t* columns;  // out [batch, heads, max_columns] ascending, then -1 to the end of the row
-  int32_t* offsets;  // out [batch, heads, max_offsets] ascending, then -1
-  int32_t share = 0;                // of all heads where `shares` is null; millionths, 0: none
+  int32_t* columns;   // out [batch, heads, max_columns] ascending, then -1 to the end of the row
+  int32_t* offsets;   // out [batch, heads, max_offsets] ascending, then -1
+  int32_t share = 0;  // of all heads where `shares` is null; millionths, 0: none
   const int32_t* shares = nullptr;  // [heads] device
 };
 size_t estimate_vertical_slash_bytes(const VerticalSlashEstimate& params);

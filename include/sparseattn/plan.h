@@ -78,8 +78,8 @@ size_t plan_bytes(const PlanSizes& sizes);
 /// Lays a plan out in `workspace` (plan_bytes(sizes) bytes, aligned to 256). Touches no memory.
 Plan carve_plan(const PlanSizes& sizes, void* workspace);
 
-/// Fills heads and all that is [vs_heads] or [bs_heads] from `patterns` [q_heads], a host array that
-/// is read before the call returns (it travels as kernel arguments, not as a copy).
+/// Fills heads and all that is [vs_heads] or [bs_heads] from `patterns` [q_heads], a host array
+/// that is read before the call returns (it travels as kernel arguments, not as a copy).
 Status plan_heads(const Plan& plan, const Pattern* patterns, cudaStream_t stream);
 
 /// Index lists as the caller has them: any order, duplicates allowed, values outside

@@ -168,9 +168,9 @@ def sparse_attention(
 def flatten(patterns: Sequence[Pattern]) -> list[int]:
     """Patterns as the flat (code, a, b) triples of ``torch.ops.sparseattn.sparse_attention``.
 
-    ``a`` and ``b`` are the sizes (sink and window, columns and offsets, top_k and 0). Bits 0 to 7 of
-    ``code`` are the kind: 0 dense, 1 A-shape, 2 vertical-slash, 3 block-sparse. Bits 8 to 15 are the
-    stride of antidiagonal scores (4, 8, 16 or 32; 0: means) and bits 16 to 35 the share in
+    ``a`` and ``b`` are the sizes (sink and window, columns and offsets, top_k and 0). Bits 0 to 7
+    of ``code`` are the kind: 0 dense, 1 A-shape, 2 vertical-slash, 3 block-sparse. Bits 8 to 15 are
+    the stride of antidiagonal scores (4, 8, 16 or 32; 0: means) and bits 16 to 35 the share in
     millionths (0: none), so that a code below 4 is a pattern without options.
     """
     if not isinstance(patterns, Sequence):
@@ -206,13 +206,13 @@ def estimate_vertical_slash(
     then ``-1`` where a prompt has fewer. Columns ``0 .. sink-1`` and offsets ``0 .. local-1`` rank
     before all others; equal masses rank by the smaller index.
 
-    With a ``share`` in (0, 1] (taken in millionths) the two numbers are limits, and a head keeps the
-    cheapest selection that covers this share of those rows' mass (the idea of FlexPrefill, arXiv
-    2502.20766): what the forced columns and offsets cover is counted first; of the rest, single
-    columns and whole runs of offsets ``64 j .. 64 j + 63`` are taken by mass per cost, a run costing
-    as much as 16 columns, until the mass left uncovered is small enough, columns and offsets taken
-    as independent. Masses are added in fixed point, so results do not depend on timing.
-    ``sparseattn.reference.estimate_vertical_slash`` is the definition.
+    With a ``share`` in (0, 1] (taken in millionths) the two numbers are limits, and a head keeps
+    the cheapest selection that covers this share of those rows' mass (the idea of FlexPrefill,
+    arXiv 2502.20766): what the forced columns and offsets cover is counted first; of the rest,
+    single columns and whole runs of offsets ``64 j .. 64 j + 63`` are taken by mass per cost, a run
+    costing as much as 16 columns, until the mass left uncovered is small enough, columns and
+    offsets taken as independent. Masses are added in fixed point, so results do not depend on
+    timing. ``sparseattn.reference.estimate_vertical_slash`` is the definition.
     """
     return _call(
         _ops.estimate_vertical_slash,
@@ -247,10 +247,11 @@ def estimate_block_sparse(
     :func:`block_sparse_attention`.
 
     ``method="antidiagonal"`` (XAttention, arXiv 2503.16428) scores a pair of blocks by the mean of
-    ``q_i . k_j`` over the pairs inside it with ``(i + j) % stride == stride - 1``, so that no column
-    or diagonal slips through (``stride`` 4, 8, 16 or 32; larger is cheaper). It is computed from the
-    means of the rows of each residue ``i % stride``; in a partial last block those that exist count.
-    On CUDA these means are rounded to the dtype of q and k.
+    ``q_i . k_j`` over the pairs inside it with ``(i + j) % stride == stride - 1``, where what
+    alternates from row to row does not cancel. Every column is met, and every diagonal ``i - j``
+    that is odd. It is computed from the means of the rows of each residue ``i % stride``; in a
+    partial last block, those that exist count. ``stride`` is 4, 8, 16 or 32, and the cost grows
+    with it. On CUDA these means are rounded to the dtype of q and k.
 
     With a ``share`` in (0, 1] (taken in millionths) ``top_k`` is a limit: a row keeps the fewest
     blocks, the forced one first and then by score, whose weights reach the share, weights being the

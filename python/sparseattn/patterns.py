@@ -50,8 +50,8 @@ class AShape:
 class VerticalSlash:
     """``columns`` keys that all later queries see and ``offsets`` diagonals (MInference).
 
-    With a ``share`` in (0, 1] these two are limits: of the columns and offsets allowed, the cheapest
-    are kept that cover the share of the attention mass (``estimate_vertical_slash``).
+    With a ``share`` in (0, 1] these two are limits: of the columns and offsets allowed, the
+    cheapest are kept that cover the share of the attention mass (``estimate_vertical_slash``).
     """
 
     columns: int
@@ -75,9 +75,9 @@ class VerticalSlash:
 class BlockSparse:
     """The ``top_k`` best key blocks of 64 for each query block of 64.
 
-    With a ``share`` in (0, 1], ``top_k`` is a limit and a row keeps the fewest blocks that reach the
-    share. ``method`` is how blocks are scored, "mean" or "antidiagonal"; ``stride`` (4, 8, 16 or
-    32) belongs to the latter (``estimate_block_sparse``).
+    With a ``share`` in (0, 1], ``top_k`` is a limit and a row keeps the fewest blocks that reach
+    the share. ``method`` is how blocks are scored, "mean" or "antidiagonal"; ``stride`` (4, 8, 16
+    or 32) belongs to the latter (``estimate_block_sparse``).
     """
 
     top_k: int

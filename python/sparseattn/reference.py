@@ -107,7 +107,11 @@ def pattern_mask(q: Tensor, k: Tensor, patterns: Sequence[Pattern]) -> Tensor:
             mask = mask.expand(q.shape[0], 1, -1, -1)
         elif isinstance(pattern, VerticalSlash):
             columns, offsets = estimate_vertical_slash(
-                qh, kh, num_columns=pattern.columns, num_offsets=pattern.offsets, share=pattern.share
+                qh,
+                kh,
+                num_columns=pattern.columns,
+                num_offsets=pattern.offsets,
+                share=pattern.share,
             )
             mask = _vertical_slash_masks(q_len, kv_len, columns, offsets)
         elif isinstance(pattern, BlockSparse):
@@ -249,10 +253,10 @@ def select_by_share(
     ``0 .. sink-1`` and offsets ``0 .. local-1`` hold, which are kept and within the limits
     ``num_columns``, ``num_offsets``. Candidates are the single columns and the runs of offsets
     ``64 j .. 64 j + 63`` of nonzero mass, on either side those of largest mass that the limit has
-    room for (64 offsets a run). They are taken by mass per price, a run at the price of 16 columns,
-    equals columns first and then by index, until they cover enough: a probability lies on one column
-    and one offset, and as if these were independent, ``(1 - kept columns' share) (1 - kept runs'
-    share)`` of the mass is uncovered. Masses are integers, multiples of 2^-40.
+    room for (64 offsets a run). They are taken by mass per price, a run costing as much as 16
+    columns, equals columns first and then by index, until they cover enough: a probability lies on
+    one column and one offset, and as if these were independent, ``(1 - kept columns' share) (1 -
+    kept runs' share)`` of the mass is uncovered. Masses are integers, multiples of 2^-40.
 
     Sixteen columns: 64 of them are one tile of keys, as a run next to others is, but in 64 rows a
     diagonal also shows as 64 columns of 1/64 of its mass, which must not win over it.
@@ -292,7 +296,9 @@ def block_scores(
     the mean of ``q_i . k_j`` over ``(i + j) % stride == stride - 1``, i and j counted inside their
     blocks (XAttention, arXiv 2503.16428), which is that of the products of the means of residue
     ``r`` of the queries and residue ``stride - 1 - r`` of the keys. Means run over the rows that
-    exist; in partial blocks, over the residues that both blocks have (0 if there is none).
+    exist; in partial blocks, over the residues that both blocks have (0 if there is none). As
+    ``stride - 1`` is odd, diagonals ``i - j`` of the pair that are even are not sampled. On CUDA
+    tensors the means of residues are rounded to their dtype, as the operator does there.
 
     Key blocks that start after the last position of a query block are -inf; the block that holds
     the position of its first row is +inf.
@@ -317,9 +323,7 @@ def block_weights(
     return scores.masked_fill(hidden, -math.inf).softmax(dim=-1)
 
 
-def estimate_block_sparse(
-    q, k, *, top_k, block=64, share=None, method="mean", stride=16
-) -> Tensor:
+def estimate_block_sparse(q, k, *, top_k, block=64, share=None, method="mean", stride=16) -> Tensor:
     """What ``sparseattn.estimate_block_sparse`` returns, decided in fp64: bool [B, Hq, nq, nk].
 
     With a share, a row keeps the first of its ``top_k`` blocks whose weights reach it.
@@ -376,12 +380,13 @@ def _plain_block_scores(q: Tensor, k: Tensor, block: int, method: str, stride: i
 
     def residues(x: Tensor) -> tuple[Tensor, Tensor]:
         """Means [B, H, blocks, stride, D], and which residues a block has: [blocks, stride]."""
-        rows = x.shape[2]
+        rows, dtype = x.shape[2], x.dtype
         x = torch.nn.functional.pad(x.double(), (0, 0, 0, -rows % block))
         sums = x.unflatten(2, (-1, block // stride, stride)).sum(3)
         exists = (torch.arange(x.shape[2], device=x.device) < rows).double()
         counts = exists.unflatten(0, (-1, block // stride, stride)).sum(1)
-        return sums / counts.clamp(min=1).unsqueeze(-1), counts > 0
+        means = sums / counts.clamp(min=1).unsqueeze(-1)
+        return (means.to(dtype).double() if x.is_cuda else means), counts > 0
 
     means_q, has_q = residues(q)
     means_k, has_k = residues(k)

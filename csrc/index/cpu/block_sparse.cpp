@@ -1,6 +1,6 @@
 // Estimates the key blocks of each query block: mean queries against mean keys, the best kept. For
-// antidiagonal scores a block has one mean for each residue of its rows, and residues that add up to
-// stride - 1 meet.
+// antidiagonal scores a block has one mean for each residue of its rows, and residues that add up
+// to stride - 1 meet.
 //
 // Mean keys are made once per key/value head; then one work item is 64 query blocks of one head,
 // whose mean queries are treated as the 64 rows of a query tile.

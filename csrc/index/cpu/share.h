@@ -74,11 +74,10 @@ inline void select_by_share(float* column_mass, float* offset_mass, const ShareL
     s->runs[j] = index::clean_mass(index::mass_of_fixed(sum));
   }
   s->candidates.clear();
-  const uint64_t column_total = add_candidates(column_mass, n, limits.columns - limits.sink, false,
-                                               index::kColumnsPerRun, s);
-  const uint64_t run_total =
-      add_candidates(s->runs.data(), runs, (limits.offsets - limits.local) / index::kRunOffsets,
-                     true, 1.f, s);
+  const uint64_t column_total =
+      add_candidates(column_mass, n, limits.columns - limits.sink, false, index::kColumnsPerRun, s);
+  const uint64_t run_total = add_candidates(
+      s->runs.data(), runs, (limits.offsets - limits.local) / index::kRunOffsets, true, 1.f, s);
   std::sort(s->candidates.begin(), s->candidates.end());
 
   columns->resize(limits.sink);

@@ -94,12 +94,13 @@ void sum_masses(const Kernels& kernels, const Shape& shape, float scale, const H
   s.columns.assign(shape.kv_len + kKeyGroup, 0.0f);
   s.offsets.assign(shape.kv_len + kOffsetBase + kTileRows, 0.0f);
   const int64_t first_position = int64_t{shape.kv_len} - head.rows;
-  for_each_chunk(kernels, shape, head, hidden, s, [&](int32_t panel, int64_t begin, int32_t padded) {
-    kernels.probabilities(s.scores.data(), padded, s.state[panel].max, s.factor[panel]);
-    const int64_t offset = first_position + panel * kPanelRows - begin;
-    kernels.add_mass(s.scores.data(), padded, s.columns.data() + begin,
-                     s.offsets.data() + kOffsetBase + offset);
-  });
+  for_each_chunk(
+      kernels, shape, head, hidden, s, [&](int32_t panel, int64_t begin, int32_t padded) {
+        kernels.probabilities(s.scores.data(), padded, s.state[panel].max, s.factor[panel]);
+        const int64_t offset = first_position + panel * kPanelRows - begin;
+        kernels.add_mass(s.scores.data(), padded, s.columns.data() + begin,
+                         s.offsets.data() + kOffsetBase + offset);
+      });
 }
 
 /// Writes a list ascending, then -1 to `length`.
@@ -151,8 +152,8 @@ Status estimate_vertical_slash(const VerticalSlashEstimate& p, const ParallelFor
       limits.sink = std::min(p.sink, limits.columns);
       limits.local = std::min(p.local, limits.offsets);
       sum_masses(kernels, shape, p.scale, head, {limits.sink, limits.local}, s);
-      select_by_share(s.columns.data(), s.offsets.data() + kOffsetBase, limits, &s.share,
-                      &s.picked, &s.picked_offsets);
+      select_by_share(s.columns.data(), s.offsets.data() + kOffsetBase, limits, &s.share, &s.picked,
+                      &s.picked_offsets);
       write_list(&s.picked, p.max_columns, columns);
       write_list(&s.picked_offsets, p.max_offsets, offsets);
       return;

@@ -4,8 +4,8 @@
 // once, 10 KB a position (4.3 TB/s: 0.31 ms at 128K). The scores are fp32 sums, n^2 / 8192 of 128
 // terms a head and causal (17 GFLOP at 128K: 0.3 ms).
 //
-// Antidiagonal scores of stride 16 have 16 times the terms (275 GFLOP at 128K): 0.7 ms on the tensor
-// cores at 400 TFLOP/s, where fp32 sums would take 5 ms and more.
+// Antidiagonal scores of stride 16 have 16 times the terms (275 GFLOP at 128K): 0.7 ms on the
+// tensor cores at 400 TFLOP/s, where fp32 sums would take 5 ms and more.
 #include <algorithm>
 #include <cstdint>
 
@@ -33,8 +33,8 @@ size_t lay_out_residues(BlockSparseJob& job, void* workspace) {
   const int64_t panel_score_bytes = kPanelBlocks * job.mean_stride * sizeof(float);
   const int64_t fits = std::max<int64_t>(1, kRoundBytes / (panel_q_bytes + panel_score_bytes));
   job.panels = static_cast<int32_t>(std::min(job.all_panels, fits));
-  const int64_t k_bytes = static_cast<int64_t>(shape.batch) * shape.kv_heads * job.kv_blocks *
-                          job.depth() * kElement;
+  const int64_t k_bytes =
+      static_cast<int64_t>(shape.batch) * shape.kv_heads * job.kv_blocks * job.depth() * kElement;
   if (workspace != nullptr) {
     auto* at = static_cast<unsigned char*>(workspace);
     job.scores = reinterpret_cast<float*>(at);
@@ -98,8 +98,7 @@ Status run_rounds(BlockSparseJob& job, cudaStream_t stream) {
   const int32_t panels = job.panels;
   for (job.first_panel = 0; job.first_panel < job.all_panels && status.ok();
        job.first_panel += panels) {
-    job.panels =
-        static_cast<int32_t>(std::min<int64_t>(panels, job.all_panels - job.first_panel));
+    job.panels = static_cast<int32_t>(std::min<int64_t>(panels, job.all_panels - job.first_panel));
     status = index_sm80::launch_panel_scores(job, stream);
     if (status.ok()) status = index_sm80::launch_select_blocks(job, stream);
   }

@@ -107,15 +107,17 @@ namespace {
 
 /// Elements [first, first + kStepElements) of 128 vectors to a tile; vectors from `valid` on are 0.
 template <class Element>
-__device__ __forceinline__ void load_tile(const Element* vectors, int64_t depth, int valid,
-                                          int first, unsigned char* tile) {
+__device__ __forceinline__ void load_tile(const Element* vectors, int depth, int valid, int first,
+                                          unsigned char* tile) {
+  constexpr int kRowsAtOnce = kScoreThreads / kPieces;
+  static_assert(kRowsAtOnce % 8 == 0);
+  const int row = threadIdx.x / kPieces, column = threadIdx.x % kPieces;
+  const Element* from = vectors + first + 8 * column;
+  unsigned char* to = tile + row * kRowBytes + 16 * (column ^ row % 8);
 #pragma unroll
-  for (int i = 0; i < kTileBlocks * kPieces / kScoreThreads; ++i) {
-    const int piece = threadIdx.x + i * kScoreThreads;
-    const int row = piece / kPieces, column = piece % kPieces;
-    const bool exists = row < valid;
-    cuda::cp_async_16(tile + row * kRowBytes + 16 * (column ^ row % 8),
-                      vectors + (exists ? row : 0) * depth + first + 8 * column, exists);
+  for (int i = 0; i < kTileBlocks; i += kRowsAtOnce) {
+    const bool exists = row + i < valid;
+    cuda::cp_async_16(to + i * kRowBytes, from + (exists ? row + i : 0) * depth, exists);
   }
 }
 
@@ -124,7 +126,8 @@ template <class Element>
 __device__ __forceinline__ void multiply_stage(const unsigned char* stage, int row, int column,
                                                float (&sums)[kRowTiles][kColumnTiles][4]) {
   const int lane = threadIdx.x % 32;
-  // Lane i of ldmatrix gives row i % 8 of matrix i / 8: queries by rows first, keys by pieces first.
+  // Lane i of ldmatrix gives row i % 8 of matrix i / 8: queries by rows first, keys by pieces
+  // first.
   const unsigned char* queries = stage + (row + lane % 16) * kRowBytes;
   const unsigned char* keys = stage + kTileBytes + (column + lane % 8 + lane / 16 * 8) * kRowBytes;
   const int query_piece = lane / 16, key_piece = lane / 8 % 2, swizzle = lane % 8;
@@ -133,8 +136,7 @@ __device__ __forceinline__ void multiply_stage(const unsigned char* stage, int r
     uint32_t b[kColumnTiles / 2][4];
 #pragma unroll
     for (int n = 0; n < kColumnTiles / 2; ++n) {
-      cuda::ldmatrix_x4(b[n],
-                        keys + 16 * n * kRowBytes + 16 * ((2 * d + key_piece) ^ swizzle));
+      cuda::ldmatrix_x4(b[n], keys + 16 * n * kRowBytes + 16 * ((2 * d + key_piece) ^ swizzle));
     }
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
@@ -177,7 +179,7 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
   const int64_t end_position = end_row + shape.kv_len - shape.q_len;
   if (!scope.active || static_cast<int64_t>(first_key) * in.block >= end_position) return;
 
-  const int64_t depth = job.depth();
+  const int depth = static_cast<int>(job.depth());
   const int64_t kv_head = listed_head(in.head_ids, scope.ordinal) / shape.group();
   const int64_t k_row = scope.sequence * shape.kv_heads + kv_head;
   const Element* queries =
@@ -185,7 +187,7 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
   const Element* keys =
       static_cast<const Element*>(job.k_residues) + (k_row * job.kv_blocks + first_key) * depth;
   const int k_blocks = min(kTileBlocks, job.kv_blocks - first_key);
-  const int steps = static_cast<int>(depth / kStepElements);
+  const int steps = depth / kStepElements;
   const auto load = [&](int step, int stage) {
     unsigned char* to = ring + stage * kStageBytes;
     if (step < steps) {

@@ -209,7 +209,8 @@ Status launch_select_blocks(const BlockSparseJob& job, cudaStream_t stream) {
   if (shared_bytes<2>(job) <= kMaxSharedBytes) return launch_rows<2>(job, stream);
   if (shared_bytes<1>(job) <= kMaxSharedBytes) return launch_rows<1>(job, stream);
   if (job.any_share()) {
-    return {1, "estimate_block_sparse: a row of more than 24384 key blocks has no room for a share"};
+    return {1,
+            "estimate_block_sparse: a row of more than 24384 key blocks has no room for a share"};
   }
   return {1, "estimate_block_sparse: a row of more than 24576 key blocks is not supported"};
 }

@@ -1,8 +1,8 @@
 // Selection of columns and offsets by a share of the mass; the rules are in index/mass.h.
 //
 // launch_select_indices has listed the columns that the limit has room for. A first kernel adds the
-// offsets of every run; then one CTA for each head lists the runs that the limit has room for, finds
-// where the ranking of columns and runs covers the share, and keeps what lies before.
+// offsets of every run; then one CTA for each head lists the runs that the limit has room for,
+// finds where the ranking of columns and runs covers the share, and keeps what lies before.
 #include "common/cuda/launch.h"
 #include "index/mass.h"
 #include "index/sm80/head_list.cuh"
@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kRunThreads = 256;
 constexpr int kRunsPerCta = kRunThreads / 32;
-using ShareTeam = cuda::Team<32>;
+using ShareTeam = cuda::Team<16>;
 
 /// What chunk c >= 1 adds to the offset, see masses.cuh.
 __device__ __forceinline__ float spilled_mass(const VerticalSlashJob& job, int64_t row,
@@ -143,7 +143,7 @@ __device__ __forceinline__ ShareThresholds find_thresholds(int32_t n, const Entr
                                                            const index::Coverage& coverage,
                                                            ShareScratch& scratch) {
   if (coverage.reached(0, 0)) return {{kForcedKey - 1, 0}, {kForcedKey - 1, 0}};
-  const auto reached = [coverage](const uint64_t(&kept)[2]) {
+  const auto reached = [coverage](const uint64_t (&kept)[2]) {
     return coverage.reached(kept[0], kept[1]);
   };
   const Cut<2> cut = find_cut<ShareTeam>(n, entry_at, reached, scratch.cut);
@@ -169,7 +169,7 @@ __device__ __forceinline__ ShareThresholds find_thresholds(int32_t n, const Entr
 }  // namespace
 
 /// A CTA for each head entry.
-__global__ void __launch_bounds__(ShareTeam::kThreads)
+__global__ void __launch_bounds__(ShareTeam::kThreads, 1)
     select_share_kernel(const __grid_constant__ VerticalSlashJob job) {
   __shared__ ShareScratch scratch;
   const VerticalSlashEstimate& in = job.in;

@@ -43,13 +43,12 @@ __device__ __forceinline__ Threshold cut_to_share(const float* scores, int32_t n
     return {key, 0, is_above ? index::fixed_weight(scores[i], row_top, scale) : 0};
   };
   const auto is_enough = [=](uint64_t kept) { return index::share_reached(kept, total, share); };
-  const auto reached = [=](const uint64_t(&kept)[1]) { return is_enough(kept[0]); };
+  const auto reached = [=](const uint64_t (&kept)[1]) { return is_enough(kept[0]); };
   const Cut<1> cut = find_cut<Team>(n, entry_at, reached, scratch.cut);
   const uint32_t key = cut.found ? cut.key : limit.key;
   if (key == kForcedKey || key == 0) return {key, cut.found ? 1 : limit.ties};
   const uint64_t weight = index::fixed_weight(score_of_key(key), row_top, scale);
-  const int32_t ties =
-      cut.found ? static_cast<int32_t>(cut.equal[0] / weight) : limit.ties;
+  const int32_t ties = cut.found ? static_cast<int32_t>(cut.equal[0] / weight) : limit.ties;
   return {key, least(ties, [=](int32_t t) { return is_enough(cut.above[0] + t * weight); })};
 }
 

@@ -1,8 +1,9 @@
 // The shortest prefix that weighs enough, by radix: find_threshold of select.cuh with weights in
 // place of counts.
 //
-// Entries rank by a 32-bit key, largest first. Weights are integers, summed in shared memory, so the
-// result does not depend on timing. Entries may be of kParts parts, whose weights are summed apart.
+// Entries rank by a 32-bit key, largest first. Weights are integers, summed in shared memory, so
+// the result does not depend on timing. Entries may be of kParts parts, whose weights are summed
+// apart.
 #pragma once
 
 #include <cstdint>
@@ -107,8 +108,8 @@ __device__ __forceinline__ Cut<Scratch::kParts> find_cut(int32_t n, const EntryA
       for (int i = 0; i < kBinsPerThread; ++i) {
         if (has_bins) sum += scratch.bins[part][kBins - 1 - (first + i)];
       }
-      before[part] = cut.above[part] +
-                     cuda::team_scan<Team>(sum, 0ull, cuda::Add{}, scratch.scan, total);
+      before[part] =
+          cut.above[part] + cuda::team_scan<Team>(sum, 0ull, cuda::Add{}, scratch.scan, total);
       all[part] = cut.above[part] + total;
     }
 #pragma unroll
