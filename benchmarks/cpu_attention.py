@@ -23,24 +23,6 @@ from tqdm import tqdm
 import sparseattn
 
 
-def tile_pairs(keys: torch.Tensor, first: int) -> int:
-    """Visible pairs of a tile whose rows start at position `first`; keys: bool [first + TILE]."""
-    diagonal = keys[first:].nonzero().flatten()
-    return int(keys[:first].sum()) * TILE + int((TILE - diagonal).sum())
-
-
-def vertical_slash_pairs(columns: torch.Tensor, offsets: torch.Tensor, tokens: int) -> int:
-    """Visible pairs of one head, by the cover rule."""
-    distances = torch.zeros(tokens + TILE, dtype=torch.bool)
-    distances[(offsets[:, None] + torch.arange(TILE)).flatten()] = True
-    total = 0
-    for end in range(TILE, tokens + 1, TILE):
-        keys = distances[:end].flip(0)
-        keys[columns[columns < end]] = True
-        total += tile_pairs(keys, end - TILE)
-    return total
-
-
 def clustered_head(
     tokens: int, density: float, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -56,7 +38,8 @@ def clustered_head(
     wanted = density * tokens * (tokens + 1) / 2
     while True:
         listed = torch.tensor(sorted(offsets))
-        pairs = vertical_slash_pairs(columns, listed, tokens)
+        lists = columns[None, None], listed[None, None]
+        pairs = int(common.vertical_slash_pairs(*lists, tokens, exact=True))
         if pairs >= wanted:
             return columns.to(torch.int32), listed.to(torch.int32), pairs
         u = torch.rand(1, generator=generator).item()
@@ -95,12 +78,10 @@ def random_block_mask(
 
 def a_shape_window(tokens: int, sink: int, density: float) -> tuple[int, int]:
     """The smallest window, in steps of 10, that reaches the density, and visible pairs."""
-    position = torch.arange(tokens)
     window = 0
     while True:
         window += 10
-        seen = position.add(1).clamp(max=window) + (position - window + 1).clamp(0, sink)
-        pairs = int(seen.sum())
+        pairs = common.a_shape_pairs(tokens, sink, window)
         if pairs >= density * tokens * (tokens + 1) / 2:
             return window, pairs
 
@@ -196,9 +177,10 @@ def main() -> None:
     results = measure(cases, arguments.repeats, arguments.threads)
 
     dense = results["sdpa dense"]
+    facts = common.machine(torch.device("cpu"))
     print(
         f"{tokens} tokens, {heads} heads, {kv_heads} kv heads, D={dim}, {arguments.dtype}, "
-        f"{arguments.threads} threads, {common.cpu_model()}"
+        f"{arguments.threads} threads, {facts['cpu']}"
     )
     print(
         f"{'':17}{'density':>8}{'best s':>9}{'median s':>10}{'CPU s':>8}{'GFLOP/s':>9}"
@@ -215,7 +197,6 @@ def main() -> None:
             f"{row['speedup_median']:9.1f}{row['speedup_cpu_per_thread']:7.1f}"
         )
     if arguments.json is not None:
-        facts = common.machine(torch.device("cpu"))
         common.write_result("cpu_attention", facts, vars(arguments), results, arguments.json)
 
 

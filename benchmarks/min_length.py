@@ -1,4 +1,4 @@
-"""From which length on sparse prefill beats dense: measures the default of `min_length` (T7).
+"""From which length on sparse prefill beats dense, layer by layer of one preset (target T7).
 
 One layer, bf16, batch 1, 32 query heads, 8 key/value heads, D = 128. `sparse_attention`
 (estimate, plan and attention) against the faster of SDPA's flash and cuDNN backends at every
@@ -6,10 +6,10 @@ length, for layers of one pattern and for every layer of the shipped Llama-3-8B 
 mean is what a prompt gains).
 
 An estimate chooses by the values, so there are two kinds of data. `structured` (see
-`structured_qk` in common.py) has its attention mass on clustered offsets and few columns, as
-real heads have; `random` is normal noise, on which the estimates pick offsets all over the
-prompt, so that their cover is nearly dense: it shows what is lost when a pattern does not fit.
-The default is recommended from structured data only: the shortest measured length from which on
+`structured_qk` in sparseattn.bench_inputs) has its attention mass on clustered offsets and few
+columns, as real heads have; `random` is normal noise, on which the estimates pick offsets all over
+the prompt, so that their cover is nearly dense: it shows what is lost when a pattern does not fit.
+A length is recommended from structured data only: the shortest measured length from which on
 the mean over the Llama-3-8B layers is never slower than dense. The same length is printed for
 every mix.
 
@@ -20,20 +20,19 @@ tiles, so it passes 1 where a short prompt is selected whole.
 from __future__ import annotations
 
 import argparse
+import functools
 from typing import Any
 
 import common
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
 import sparseattn
 from sparseattn import AShape, BlockSparse, Pattern, PatternConfig, VerticalSlash
+from sparseattn.bench_tools import SDPA_BACKENDS, sdpa
 
 PRESET = "gradientai/Llama-3-8B-Instruct-262k"
 MEAN = "Llama-3-8B layers, mean"
-BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 
 
 def mixes(heads: int, layers: int | None) -> dict[str, list[list[Pattern]]]:
@@ -55,20 +54,16 @@ def time_dense(
 ) -> dict[str, float]:
     """Milliseconds of every backend that takes the call."""
 
-    def attend() -> torch.Tensor:
-        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-    if q.device.type != "cuda":
-        return {"SDPA": timer(attend, budget_ms=50).ms}
+    budget_ms = 200 if q.is_cuda else 50
     times: dict[str, float] = {}
-    for name, backend in BACKENDS.items():
-        with sdpa_kernel(backend):
-            try:
-                attend()
-            except RuntimeError as error:
-                print(f"SDPA {name}: refused: {str(error).splitlines()[0]}")
-                continue
-            times[name] = timer(attend, budget_ms=200).ms
+    for name, backend in SDPA_BACKENDS[q.device.type].items():
+        call = functools.partial(sdpa, q, k, v, backend)
+        try:
+            call()
+        except RuntimeError as error:
+            print(f"{name}: refused: {str(error).splitlines()[0]}")
+            continue
+        times[name.removeprefix("SDPA ")] = timer(call, budget_ms=budget_ms).ms
     return times
 
 

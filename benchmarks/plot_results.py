@@ -17,6 +17,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from sparseattn import bench_plots
+
 Record = dict[str, Any]
 
 
@@ -122,6 +124,7 @@ def cpu_attention(record: Record) -> Figure:
 
 
 PLOTS: dict[str, Callable[[Record], Figure]] = {
+    "prefill": bench_plots.prefill,
     "prefill_attention": prefill_attention,
     "min_length": min_length,
     "cpu_attention": cpu_attention,
@@ -144,7 +147,8 @@ def main() -> None:
         folder = arguments.folder or path.parent
         folder.mkdir(parents=True, exist_ok=True)
         target = folder / f"{path.stem}.png"
-        figure.tight_layout()
+        if figure.get_layout_engine() is None:
+            figure.tight_layout()
         figure.savefig(target, dpi=120)
         plt.close(figure)
         print(f"wrote {target}")

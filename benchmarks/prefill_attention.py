@@ -4,7 +4,7 @@ bf16, batch 1, 32 query heads, 8 key/value heads, D = 128, 32K and 128K tokens. 
 whole operator call: plan, packing of columns and attention, and for `sparse_attention` the estimate
 too. Attention times do not depend on the values, so the operators with given indexes run on normal
 noise; the estimates run on data whose mass lies on clustered offsets and few columns
-(`structured_qk` in common.py says how), and their density is what they chose there.
+(`structured_qk` in sparseattn.bench_inputs says how), and their density is what they chose there.
 
 Operations are 4 * D a selected pair: dense counts half the square, block-sparse whole selected
 blocks, vertical-slash 64-wide tiles of covered keys plus columns outside the cover, a-shape the
@@ -20,21 +20,20 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import common
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.attention import SDPBackend
 from tqdm import tqdm
 
 import sparseattn
 from sparseattn import AShape, BlockSparse, Dense, Pattern, PatternConfig, VerticalSlash
+from sparseattn.bench_tools import SDPA_BACKENDS, sdpa
 
 PRESET, PRESET_LAYER = "gradientai/Llama-3-8B-Instruct-262k", 16
-PEERS = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
 
 
 @dataclass(frozen=True)
@@ -95,18 +94,9 @@ class Inputs:
 Build = Callable[[Inputs], Prepared]
 
 
-def sdpa(backend: SDPBackend | None) -> Build:
+def dense_peer(backend: SDPBackend | None) -> Build:
     def build(inputs: Inputs) -> Prepared:
-        q, k, v = inputs.random
-
-        def call() -> Tensor:
-            return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-        def forced() -> Tensor:
-            with sdpa_kernel(backend):
-                return call()
-
-        return Prepared(call if backend is None else forced, inputs.causal, 1.0)
+        return Prepared(partial(sdpa, *inputs.random, backend), inputs.causal, 1.0)
 
     return build
 
@@ -216,13 +206,10 @@ def estimate_blocks(top_k: int) -> Build:
 
 def cases(setting: Setting, device: torch.device) -> Iterator[tuple[str, Build]]:
     """Name and builder of every case, in the order of the table."""
-    if device.type == "cuda":
-        for name, backend in PEERS.items():
-            yield f"dense, {name}", sdpa(backend)
-        if importlib.util.find_spec("fa3_fwd_interface") is not None:
-            yield "dense, FlashAttention-3", flash_attention_3
-    else:
-        yield "dense, SDPA", sdpa(None)
+    for name, backend in SDPA_BACKENDS[device.type].items():
+        yield f"dense, {name}", dense_peer(backend)
+    if device.type == "cuda" and importlib.util.find_spec("fa3_fwd_interface") is not None:
+        yield "dense, FlashAttention-3", flash_attention_3
     yield "dense list", full_list
     yield f"block_sparse 64x64, {setting.per_row} a row", block_sparse(64, per_row=setting.per_row)
     for density in setting.densities:

@@ -41,19 +41,33 @@ if(SPARSEATTN_CUDA_ARCHITECTURES)
   list(APPEND sparseattn_built_architectures "${lowest}+ptx")
 endif()
 
+function(sparseattn_cuda_options target gencode)
+  target_include_directories(${target} PRIVATE csrc)
+  target_link_libraries(${target} PRIVATE CUTLASS::headers PUBLIC CUDA::cudart_static)
+  target_compile_options(
+    ${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -lineinfo ${gencode}
+                      -Xptxas=-v -Xcompiler=-Wall>)
+  set_target_properties(${target} PROPERTIES CUDA_VISIBILITY_PRESET hidden)
+  if(SPARSEATTN_WERROR)
+    target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)
+  endif()
+  sparseattn_warnings(${target})
+endfunction()
+
 file(GLOB cuda_sources CONFIGURE_DEPENDS
-     csrc/attention/sm80/*.cpp csrc/attention/sm80/inst/*.cu
+     csrc/attention/*.cpp csrc/attention/sm80/*.cpp csrc/attention/sm80/inst/*.cu
      csrc/index/sm80/*.cpp csrc/index/sm80/*.cu csrc/index/sm80/inst/*.cu)
+file(GLOB sm90_sources CONFIGURE_DEPENDS 
+     csrc/attention/sm90/*.cpp csrc/attention/sm90/*.cu csrc/attention/sm90/inst/*.cu)
 add_library(sparseattn_cuda_kernels STATIC ${cuda_sources})
-target_include_directories(sparseattn_cuda_kernels PUBLIC include PRIVATE csrc)
-target_link_libraries(sparseattn_cuda_kernels PUBLIC CUDA::cudart_static PRIVATE CUTLASS::headers)
-target_compile_options(
-  sparseattn_cuda_kernels
-  PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr -lineinfo ${sparseattn_gencode}
-          -Xptxas=-v -Xcompiler=-Wall>)
-set_target_properties(sparseattn_cuda_kernels PROPERTIES CUDA_VISIBILITY_PRESET hidden)
-if(SPARSEATTN_WERROR)
-  target_compile_options(sparseattn_cuda_kernels
-                         PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings>)
+target_include_directories(sparseattn_cuda_kernels PUBLIC include)
+sparseattn_cuda_options(sparseattn_cuda_kernels "${sparseattn_gencode}")
+
+if("90a" IN_LIST sparseattn_built_architectures)
+  # The Hopper kernels exist for that architecture alone.
+  add_library(sparseattn_sm90_kernels OBJECT ${sm90_sources})
+  target_include_directories(sparseattn_sm90_kernels PRIVATE include)
+  sparseattn_cuda_options(sparseattn_sm90_kernels "SHELL:-gencode=arch=compute_90a,code=sm_90a")
+  target_sources(sparseattn_cuda_kernels PRIVATE $<TARGET_OBJECTS:sparseattn_sm90_kernels>)
+  target_compile_definitions(sparseattn_cuda_kernels PRIVATE SPARSEATTN_HAS_SM90)
 endif()
-sparseattn_warnings(sparseattn_cuda_kernels)

@@ -46,20 +46,31 @@ def run(device: str, dtype: torch.dtype, dim: int, shape: tuple[int, ...]) -> No
                 q, k, v, blocks.to(device), block_q=block_q, block_kv=block_kv, return_lse=True
             )[0]
         )
+    # The last sequence is cut, and there are rows, tiles and keys that nobody has.
+    lens = {
+        "q_lens": torch.tensor([q_len] * (batch - 1) + [q_len // 2]).to(device),
+        "kv_lens": torch.tensor([kv_len] * (batch - 1) + [kv_len - q_len // 3]).int().to(device),
+    }
     sparseattn.estimate_vertical_slash(q, k, num_columns=40, num_offsets=120)
+    sparseattn.estimate_vertical_slash(q, k, num_columns=40, num_offsets=120, **lens)
     sparseattn.estimate_vertical_slash(q, k, num_columns=0, num_offsets=7, last_q=3, local=2)
     for block in (64, 128):
         sparseattn.estimate_block_sparse(q, k, top_k=2, block=block)
+        sparseattn.estimate_block_sparse(q, k, top_k=2, block=block, **lens)
         for stride in (4, 32):
-            sparseattn.estimate_block_sparse(
-                q, k, top_k=3, block=block, share=0.7, method="antidiagonal", stride=stride
-            )
+            how = {"block": block, "share": 0.7, "method": "antidiagonal", "stride": stride}
+            sparseattn.estimate_block_sparse(q, k, top_k=3, **how)
+            sparseattn.estimate_block_sparse(q, k, top_k=3, **how, **lens)
     for share in (0.5, 1.0):
         sparseattn.estimate_vertical_slash(q, k, num_columns=60, num_offsets=190, share=share)
+    sparseattn.estimate_vertical_slash(q, k, num_columns=60, num_offsets=190, share=0.5, **lens)
     adaptive = [VerticalSlash(60, 190, share=0.6), BlockSparse(3, share=0.6, method="antidiagonal")]
-    results.append(sparseattn.sparse_attention(q, k, v, (adaptive * 2)[:q_heads]))
+    adaptive = (adaptive * 2)[:q_heads]
+    results.append(sparseattn.sparse_attention(q, k, v, adaptive))
+    results.append(sparseattn.sparse_attention(q, k, v, adaptive, **lens))
     patterns = [VerticalSlash(40, 110), BlockSparse(2), AShape(4, 20), Dense()][:q_heads]
     results.append(sparseattn.sparse_attention(q, k, v, patterns, return_lse=True)[0])
+    results.append(sparseattn.sparse_attention(q, k, v, patterns, return_lse=True, **lens)[0])
     results.append(sparseattn.sparse_attention(q, k, v, [Dense()] * q_heads))
     for out in results:
         assert out.shape == q.shape and out.isfinite().all()

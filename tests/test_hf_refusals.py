@@ -39,7 +39,7 @@ def test_types_are_checked():
     model = fresh("llama")
     with pytest.raises(TypeError, match=r"patterns\[0\]\[0\]: expected a pattern, got str"):
         hf.enable(model, [["dense"] * 4] * LAYERS)
-    with pytest.raises(TypeError, match="min_length: expected int or None, got float"):
+    with pytest.raises(TypeError, match="min_length: expected int, a file or None, got float"):
         hf.enable(model, None, min_length=1e4)
     with pytest.raises(ValueError, match="min_length: expected at least 0, got -1"):
         hf.enable(model, None, min_length=-1)

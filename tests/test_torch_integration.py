@@ -13,20 +13,21 @@ CASE = Case(2, 4, 2, 100, 130, 64)
 PATTERNS = [Dense(), AShape(4, 20), VerticalSlash(40, 110), BlockSparse(2)]
 FLAT = [x for p in PATTERNS for x in (p.code, *p.sizes())]
 
+LENGTHS = "Tensor? q_lens=None, Tensor? kv_lens=None"
 SCHEMAS = {
     "a_shape_attention": "(Tensor q, Tensor k, Tensor v, *, int sink, int window, "
-    "float? scale=None, bool return_lse=False) -> (Tensor, Tensor)",
+    f"float? scale=None, bool return_lse=False, {LENGTHS}) -> (Tensor, Tensor)",
     "vertical_slash_attention": "(Tensor q, Tensor k, Tensor v, Tensor columns, Tensor offsets, *, "
-    "float? scale=None, bool return_lse=False) -> (Tensor, Tensor)",
+    f"float? scale=None, bool return_lse=False, {LENGTHS}) -> (Tensor, Tensor)",
     "block_sparse_attention": "(Tensor q, Tensor k, Tensor v, Tensor block_mask, *, "
-    "int block_q=64, int block_kv=64, float? scale=None, bool return_lse=False) "
-    "-> (Tensor, Tensor)",
+    "int block_q=64, int block_kv=64, float? scale=None, bool return_lse=False, "
+    f"{LENGTHS}) -> (Tensor, Tensor)",
     "sparse_attention": "(Tensor q, Tensor k, Tensor v, int[] patterns, *, "
-    "float? scale=None, bool return_lse=False) -> (Tensor, Tensor)",
+    f"float? scale=None, bool return_lse=False, {LENGTHS}) -> (Tensor, Tensor)",
     "estimate_vertical_slash": "(Tensor q, Tensor k, *, int num_columns, int num_offsets, "
-    "int last_q=64, int sink=30, int local=100, float? share=None) -> (Tensor, Tensor)",
+    f"int last_q=64, int sink=30, int local=100, float? share=None, {LENGTHS}) -> (Tensor, Tensor)",
     "estimate_block_sparse": "(Tensor q, Tensor k, *, int top_k, int block=64, "
-    'float? share=None, str method="mean", int stride=16) -> Tensor',
+    f'float? share=None, str method="mean", int stride=16, {LENGTHS}) -> Tensor',
 }
 OPS = list(SCHEMAS)
 
@@ -64,7 +65,11 @@ def test_schema(op):
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op, main_place):
     args, options = inputs(op, main_place)
-    variants = [{}, {"return_lse": True}] if op.endswith("attention") else [{}]
+    lens = {
+        "q_lens": torch.tensor([100, 7], device=main_place.device),
+        "kv_lens": torch.tensor([120, 70], device=main_place.device).int(),
+    }
+    variants = [{}, lens] + ([{"return_lse": True}] if op.endswith("attention") else [])
     for more in variants:
         torch.library.opcheck(torch_op(op), args, options | more)
 

@@ -1,9 +1,16 @@
-# CUTLASS::headers: from SPARSEATTN_CUTLASS_DIR, else from the nvidia-cutlass Python package.
+# CUTLASS::headers: from SPARSEATTN_CUTLASS_DIR, else, where Python is used, from its nvidia-cutlass
+# package, else from where CMake searches headers.
 set(CUTLASS_INCLUDE_DIR "${SPARSEATTN_CUTLASS_DIR}")
 if(CUTLASS_INCLUDE_DIR AND EXISTS ${CUTLASS_INCLUDE_DIR}/include/cutlass/version.h)
   string(APPEND CUTLASS_INCLUDE_DIR /include)
 endif()
-if(NOT CUTLASS_INCLUDE_DIR)
+if(NOT CUTLASS_INCLUDE_DIR AND NOT SPARSEATTN_PYTHON)
+  find_path(sparseattn_cutlass_found cutlass/version.h)
+  mark_as_advanced(sparseattn_cutlass_found)
+  if(sparseattn_cutlass_found)
+    set(CUTLASS_INCLUDE_DIR ${sparseattn_cutlass_found})
+  endif()
+elseif(NOT CUTLASS_INCLUDE_DIR)
   foreach(flag "" "-I")
     execute_process(
       COMMAND ${Python_EXECUTABLE} ${flag} -c
@@ -25,7 +32,7 @@ endif()
 include(FindPackageHandleStandardArgs)
 find_package_handle_standard_args(
   CUTLASS REQUIRED_VARS CUTLASS_INCLUDE_DIR VERSION_VAR CUTLASS_VERSION
-  REASON_FAILURE_MESSAGE "set SPARSEATTN_CUTLASS_DIR or pip install --no-deps nvidia-cutlass")
+  REASON_FAILURE_MESSAGE "set SPARSEATTN_CUTLASS_DIR or (SPARSEATTN_PYTHON=ON) pip install --no-deps nvidia-cutlass")
 if(CUTLASS_FOUND AND NOT TARGET CUTLASS::headers)
   add_library(CUTLASS::headers INTERFACE IMPORTED)
   target_include_directories(CUTLASS::headers SYSTEM INTERFACE ${CUTLASS_INCLUDE_DIR})

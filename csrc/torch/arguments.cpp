@@ -56,6 +56,24 @@ void check_device(const char* name, const Tensor& tensor, const Tensor& q) {
   }
 }
 
+void check_integers(const char* name, const Tensor& tensor, const Tensor& q) {
+  const auto dtype = tensor.scalar_type();
+  if (dtype != ScalarType::Int && dtype != ScalarType::Long) {
+    type_error(name, ": expected dtype torch.int32 or torch.int64, got ", dtype_name(dtype));
+  }
+  check_device(name, tensor, q);
+}
+
+LengthList check_length_list(const char* name, const std::optional<Tensor>& list, const Tensor& q) {
+  if (!list) return {};
+  check_integers(name, *list, q);
+  if (q.dim() == 4 && (list->dim() != 1 || list->size(0) != q.size(0))) {
+    value_error(name, ": expected shape [", q.size(0), "] (batch of q), got ", sizes_name(*list));
+  }
+  if (list->dim() != 1) return {};  // as q is wrong, too: check_qkv tells
+  return {list->const_data_ptr(), list->scalar_type() == ScalarType::Long, list->stride(0)};
+}
+
 void check_operand(const char* name, const char* shape, const Tensor& tensor, const Tensor& q) {
   if (!tensor.defined()) type_error(name, ": expected a tensor, got None");
   if (tensor.dim() != 4) {
@@ -152,11 +170,7 @@ void check_block(const char* name, int64_t block) {
 
 void check_list(const char* name, const Tensor& list, const Tensor& q) {
   if (!list.defined()) type_error(name, ": expected a tensor, got None");
-  const auto dtype = list.scalar_type();
-  if (dtype != ScalarType::Int && dtype != ScalarType::Long) {
-    type_error(name, ": expected dtype torch.int32 or torch.int64, got ", dtype_name(dtype));
-  }
-  check_device(name, list, q);
+  check_integers(name, list, q);
   if (list.dim() != 3 || list.size(0) != q.size(0) || list.size(1) != q.size(1)) {
     value_error(name, ": expected shape [", q.size(0), ", ", q.size(1),
                 ", n] (batch and query heads of q), got ", sizes_name(list));
@@ -164,6 +178,11 @@ void check_list(const char* name, const Tensor& list, const Tensor& q) {
   if (list.size(2) > INT32_MAX) {
     value_error(name, ": expected at most 2^31 - 1 entries a head, got ", list.size(2));
   }
+}
+
+Lengths check_lengths(const std::optional<Tensor>& q_lens, const std::optional<Tensor>& kv_lens,
+                      const Tensor& q) {
+  return {check_length_list("q_lens", q_lens, q), check_length_list("kv_lens", kv_lens, q)};
 }
 
 void check_block_mask(const Tensor& mask, const Tensor& q, const Shape& shape, int64_t block_q,

@@ -62,6 +62,10 @@ int32_t check_size(const char* name, int64_t value, int64_t minimum);
 void check_block(const char* name, int64_t block);
 /// Index lists [batch, q_heads, n], int32 or int64, on q's device.
 void check_list(const char* name, const Tensor& list, const Tensor& q);
+/// Lengths of the sequences: int32 or int64 [batch] on q's device, each where it is given. Call it
+/// before check_qkv: lengths on a GPU bring q on the CPU to the wrong kernel.
+Lengths check_lengths(const std::optional<Tensor>& q_lens, const std::optional<Tensor>& kv_lens,
+                      const Tensor& q);
 /// bool [batch, q_heads, q_blocks, kv_blocks] on q's device.
 void check_block_mask(const Tensor& mask, const Tensor& q, const Shape& shape, int64_t block_q,
                       int64_t block_kv);

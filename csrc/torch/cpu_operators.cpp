@@ -42,11 +42,12 @@ std::vector<int32_t> copy_list(const Tensor& list) {
 
 std::tuple<Tensor, Tensor> attend(const Tensor& q, const Tensor& k, const Tensor& v,
                                   const Shape& shape, const std::vector<cpu::HeadIndex>& heads,
-                                  float scale, bool return_lse) {
+                                  float scale, bool return_lse, const Lengths& lengths) {
   Outputs outputs = make_outputs(q, shape, return_lse);
-  check_status(cpu::sparse_attention({shape, dtype_of(q), view_of(q), view_of(k), view_of(v),
-                                      view_of(outputs.out), outputs.lse_data, scale, heads.data()},
-                                     run_parallel));
+  check_status(
+      cpu::sparse_attention({shape, dtype_of(q), view_of(q), view_of(k), view_of(v),
+                             view_of(outputs.out), outputs.lse_data, scale, heads.data(), lengths},
+                            run_parallel));
   return {outputs.out, outputs.lse};
 }
 
@@ -58,19 +59,23 @@ std::vector<cpu::HeadIndex> make_heads(const Shape& shape, PatternKind kind) {
 
 std::tuple<Tensor, Tensor> a_shape_attention(Tensor q, Tensor k, Tensor v, int64_t sink,
                                              int64_t window, std::optional<double> scale,
-                                             bool return_lse) {
+                                             bool return_lse, std::optional<Tensor> q_lens,
+                                             std::optional<Tensor> kv_lens) {
+  const Lengths lengths = check_lengths(q_lens, kv_lens, q);
   const Shape shape = check_qkv(support(), q, k, &v);
   auto heads = make_heads(shape, PatternKind::kAShape);
   for (auto& head : heads) {
     head.sink = check_size("sink", sink, 0);
     head.window = check_size("window", window, 0);
   }
-  return attend(q, k, v, shape, heads, check_scale(scale, shape), return_lse);
+  return attend(q, k, v, shape, heads, check_scale(scale, shape), return_lse, lengths);
 }
 
 std::tuple<Tensor, Tensor> vertical_slash_attention(Tensor q, Tensor k, Tensor v, Tensor columns,
                                                     Tensor offsets, std::optional<double> scale,
-                                                    bool return_lse) {
+                                                    bool return_lse, std::optional<Tensor> q_lens,
+                                                    std::optional<Tensor> kv_lens) {
+  const Lengths lengths = check_lengths(q_lens, kv_lens, q);
   const Shape shape = check_qkv(support(), q, k, &v);
   check_list("columns", columns, q);
   check_list("offsets", offsets, q);
@@ -84,12 +89,15 @@ std::tuple<Tensor, Tensor> vertical_slash_attention(Tensor q, Tensor k, Tensor v
     heads[i].num_columns = num_columns;
     heads[i].num_offsets = num_offsets;
   }
-  return attend(q, k, v, shape, heads, check_scale(scale, shape), return_lse);
+  return attend(q, k, v, shape, heads, check_scale(scale, shape), return_lse, lengths);
 }
 
 std::tuple<Tensor, Tensor> block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor block_mask,
                                                   int64_t block_q, int64_t block_kv,
-                                                  std::optional<double> scale, bool return_lse) {
+                                                  std::optional<double> scale, bool return_lse,
+                                                  std::optional<Tensor> q_lens,
+                                                  std::optional<Tensor> kv_lens) {
+  const Lengths lengths = check_lengths(q_lens, kv_lens, q);
   const Shape shape = check_qkv(support(), q, k, &v);
   check_block_mask(block_mask, q, shape, block_q, block_kv);
   auto heads = make_heads(shape, PatternKind::kBlockSparse);
@@ -104,12 +112,15 @@ std::tuple<Tensor, Tensor> block_sparse_attention(Tensor q, Tensor k, Tensor v, 
       head.block_kv = static_cast<int32_t>(block_kv);
     }
   }
-  return attend(q, k, v, shape, heads, check_scale(scale, shape), return_lse);
+  return attend(q, k, v, shape, heads, check_scale(scale, shape), return_lse, lengths);
 }
 
 std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v,
                                             std::vector<int64_t> patterns,
-                                            std::optional<double> scale, bool return_lse) {
+                                            std::optional<double> scale, bool return_lse,
+                                            std::optional<Tensor> q_lens,
+                                            std::optional<Tensor> kv_lens) {
+  const Lengths lengths = check_lengths(q_lens, kv_lens, q);
   const Shape shape = check_qkv(support(), q, k, &v);
   const auto given = check_patterns(patterns, shape);
   const float default_scale = check_scale(std::nullopt, shape);
@@ -142,17 +153,18 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v,
     check_status(cpu::estimate_vertical_slash(
         {shape, dtype_of(q), view_of(q), view_of(k), default_scale, 64, 30, 100, vs_count,
          vs_heads.data(), num_columns.data(), num_offsets.data(), max_columns, max_offsets,
-         columns.data(), offsets.data(), 0, vs_shares.data()},
+         columns.data(), offsets.data(), lengths, 0, vs_shares.data()},
         run_parallel));
   }
   const int64_t q_blocks = ceil_div(shape.q_len, kBlock),
                 kv_blocks = ceil_div(shape.kv_len, kBlock);
   std::vector<uint8_t> masks(static_cast<size_t>(shape.batch) * bs_count * q_blocks * kv_blocks);
   for (const int32_t stride : strides_of(given)) {
-    check_status(cpu::estimate_block_sparse(
-        {shape, dtype_of(q), view_of(q), view_of(k), kBlock, bs_count, bs_heads.data(),
-         top_k.data(), most(top_k), masks.data(), 0, bs_shares.data(), stride, strides.data()},
-        run_parallel));
+    check_status(
+        cpu::estimate_block_sparse({shape, dtype_of(q), view_of(q), view_of(k), kBlock, bs_count,
+                                    bs_heads.data(), top_k.data(), most(top_k), masks.data(),
+                                    lengths, 0, bs_shares.data(), stride, strides.data()},
+                                   run_parallel));
   }
 
   std::vector<cpu::HeadIndex> heads;
@@ -177,13 +189,16 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v,
       heads.push_back(head);
     }
   }
-  return attend(q, k, v, shape, heads, check_scale(scale, shape), return_lse);
+  return attend(q, k, v, shape, heads, check_scale(scale, shape), return_lse, lengths);
 }
 
 std::tuple<Tensor, Tensor> estimate_vertical_slash(Tensor q, Tensor k, int64_t num_columns,
                                                    int64_t num_offsets, int64_t last_q,
                                                    int64_t sink, int64_t local,
-                                                   std::optional<double> share) {
+                                                   std::optional<double> share,
+                                                   std::optional<Tensor> q_lens,
+                                                   std::optional<Tensor> kv_lens) {
+  const Lengths lengths = check_lengths(q_lens, kv_lens, q);
   const Shape shape = check_qkv(support(), q, k, nullptr);
   const VerticalSlashSizes sizes =
       check_vertical_slash_sizes(num_columns, num_offsets, last_q, sink, local);
@@ -196,13 +211,15 @@ std::tuple<Tensor, Tensor> estimate_vertical_slash(Tensor q, Tensor k, int64_t n
       {shape, dtype_of(q), view_of(q), view_of(k), check_scale(std::nullopt, shape), sizes.last_q,
        sizes.sink, sizes.local, shape.q_heads, nullptr, nullptr, nullptr, sizes.columns,
        sizes.offsets, static_cast<int32_t*>(columns.data_ptr()),
-       static_cast<int32_t*>(offsets.data_ptr()), millionths},
+       static_cast<int32_t*>(offsets.data_ptr()), lengths, millionths},
       run_parallel));
   return {columns, offsets};
 }
 
 Tensor estimate_block_sparse(Tensor q, Tensor k, int64_t top_k, int64_t block,
-                             std::optional<double> share, std::string method, int64_t stride) {
+                             std::optional<double> share, std::string method, int64_t stride,
+                             std::optional<Tensor> q_lens, std::optional<Tensor> kv_lens) {
+  const Lengths lengths = check_lengths(q_lens, kv_lens, q);
   const Shape shape = check_qkv(support(), q, k, nullptr);
   const int32_t blocks = check_size("top_k", top_k, 1);
   check_block("block", block);
@@ -213,8 +230,8 @@ Tensor estimate_block_sparse(Tensor q, Tensor k, int64_t top_k, int64_t block,
       std::make_optional(ScalarType::Bool));
   check_status(cpu::estimate_block_sparse(
       {shape, dtype_of(q), view_of(q), view_of(k), static_cast<int32_t>(block), shape.q_heads,
-       nullptr, nullptr, blocks, static_cast<uint8_t*>(mask.data_ptr()), millionths, nullptr,
-       residues},
+       nullptr, nullptr, blocks, static_cast<uint8_t*>(mask.data_ptr()), lengths, millionths,
+       nullptr, residues},
       run_parallel));
   return mask;
 }

@@ -57,8 +57,10 @@ Tensor aligned(const Tensor& tensor) {
 /// One attention call: the plan is laid out by `make_plan`, then filled by the caller.
 class Call {
  public:
-  Call(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale)
-      : shape(check_qkv(support(), q, k, &v)),
+  Call(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale,
+       const std::optional<Tensor>& q_lens, const std::optional<Tensor>& kv_lens)
+      : lengths(check_lengths(q_lens, kv_lens, q)),
+        shape(check_qkv(support(), q, k, &v)),
         scale_(check_scale(scale, shape)),
         launch_(q),
         q_(aligned(q)),
@@ -72,8 +74,8 @@ class Call {
       vs_heads += pattern.kind == PatternKind::kVerticalSlash;
       bs_heads += pattern.kind == PatternKind::kBlockSparse;
     }
-    const PlanSizes sizes{shape,       dtype_of(q_), vs_heads, max_columns,
-                          max_offsets, bs_heads,     block_q,  block_kv};
+    const PlanSizes sizes{shape,    dtype_of(q_), vs_heads, max_columns, max_offsets,
+                          bs_heads, block_q,      block_kv, lengths};
     memory_.push_back(scratch(q_, plan_bytes(sizes)));
     plan = carve_plan(sizes, memory_.back().data_ptr());
     check_status(plan_heads(plan, patterns.data(), stream()));
@@ -97,7 +99,7 @@ class Call {
     run_estimate(VerticalSlashEstimate{
         shape, dtype_of(q_), view_of(q_), view_of(k_), check_scale(std::nullopt, shape), 64, 30,
         100, sizes.vs_heads, plan.vs_heads, plan.vs_budget, plan.vs_budget + sizes.vs_heads,
-        sizes.max_columns, sizes.max_offsets, columns, offsets, 0,
+        sizes.max_columns, sizes.max_offsets, columns, offsets, lengths, 0,
         any_share ? plan.vs_share : nullptr});
     const auto as_lists = [&](const int32_t* data, int64_t length) {
       return IndexLists{data,   false, static_cast<int32_t>(length), sizes.vs_heads * length,
@@ -109,22 +111,24 @@ class Call {
   /// Estimates the blocks of the block-sparse heads that score with `stride` straight into the
   /// plan.
   void estimate_blocks(int32_t max_top_k, bool any_share, int32_t stride) {
-    run_estimate(BlockSparseEstimate{shape, dtype_of(q_), view_of(q_), view_of(k_),
-                                     plan.sizes.block_q, plan.sizes.bs_heads, plan.bs_heads,
-                                     plan.bs_budget, max_top_k, plan.block_bits, nullptr, 0,
-                                     any_share ? plan.bs_share : nullptr, stride, plan.bs_stride});
+    run_estimate(BlockSparseEstimate{
+        shape, dtype_of(q_), view_of(q_), view_of(k_), plan.sizes.block_q, plan.sizes.bs_heads,
+        plan.bs_heads, plan.bs_budget, max_top_k, plan.block_bits, nullptr, lengths, 0,
+        any_share ? plan.bs_share : nullptr, stride, plan.bs_stride});
   }
 
   std::tuple<Tensor, Tensor> attend(bool return_lse) {
     Outputs outputs = make_outputs(q_, shape, return_lse);
-    check_status(sparse_attention_sm80({shape, dtype_of(q_), view_of(q_), view_of(k_), view_of(v_),
-                                        view_of(outputs.out), outputs.lse_data, scale_, plan},
-                                       stream()));
+    check_status(
+        sparseattn::sparse_attention({shape, dtype_of(q_), view_of(q_), view_of(k_), view_of(v_),
+                                      view_of(outputs.out), outputs.lse_data, scale_, plan},
+                                     stream()));
     return {outputs.out, outputs.lse};
   }
 
   cudaStream_t stream() const { return launch_.stream(); }
 
+  const Lengths lengths;
   const Shape shape;
   Plan plan{};
 
@@ -146,8 +150,9 @@ class Call {
 
 std::tuple<Tensor, Tensor> a_shape_attention(Tensor q, Tensor k, Tensor v, int64_t sink,
                                              int64_t window, std::optional<double> scale,
-                                             bool return_lse) {
-  Call call(q, k, v, scale);
+                                             bool return_lse, std::optional<Tensor> q_lens,
+                                             std::optional<Tensor> kv_lens) {
+  Call call(q, k, v, scale, q_lens, kv_lens);
   const Pattern pattern{PatternKind::kAShape, check_size("sink", sink, 0),
                         check_size("window", window, 0)};
   call.make_plan(uniform_patterns(call.shape, pattern), 0, 0, 64, 64);
@@ -156,8 +161,9 @@ std::tuple<Tensor, Tensor> a_shape_attention(Tensor q, Tensor k, Tensor v, int64
 
 std::tuple<Tensor, Tensor> vertical_slash_attention(Tensor q, Tensor k, Tensor v, Tensor columns,
                                                     Tensor offsets, std::optional<double> scale,
-                                                    bool return_lse) {
-  Call call(q, k, v, scale);
+                                                    bool return_lse, std::optional<Tensor> q_lens,
+                                                    std::optional<Tensor> kv_lens) {
+  Call call(q, k, v, scale, q_lens, kv_lens);
   check_list("columns", columns, q);
   check_list("offsets", offsets, q);
   const auto as_lists = [](const Tensor& list) {
@@ -178,8 +184,10 @@ std::tuple<Tensor, Tensor> vertical_slash_attention(Tensor q, Tensor k, Tensor v
 
 std::tuple<Tensor, Tensor> block_sparse_attention(Tensor q, Tensor k, Tensor v, Tensor block_mask,
                                                   int64_t block_q, int64_t block_kv,
-                                                  std::optional<double> scale, bool return_lse) {
-  Call call(q, k, v, scale);
+                                                  std::optional<double> scale, bool return_lse,
+                                                  std::optional<Tensor> q_lens,
+                                                  std::optional<Tensor> kv_lens) {
+  Call call(q, k, v, scale, q_lens, kv_lens);
   check_block_mask(block_mask, q, call.shape, block_q, block_kv);
   call.make_plan(uniform_patterns(call.shape, {PatternKind::kBlockSparse, 0, 0}), 0, 0,
                  static_cast<int32_t>(block_q), static_cast<int32_t>(block_kv));
@@ -192,8 +200,10 @@ std::tuple<Tensor, Tensor> block_sparse_attention(Tensor q, Tensor k, Tensor v, 
 
 std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v,
                                             std::vector<int64_t> patterns,
-                                            std::optional<double> scale, bool return_lse) {
-  Call call(q, k, v, scale);
+                                            std::optional<double> scale, bool return_lse,
+                                            std::optional<Tensor> q_lens,
+                                            std::optional<Tensor> kv_lens) {
+  Call call(q, k, v, scale, q_lens, kv_lens);
   const auto given = check_patterns(patterns, call.shape);
   int32_t max_columns = 0, max_offsets = 0, max_top_k = 0;
   bool slashes = false, any_share = false;
@@ -218,7 +228,10 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v,
 std::tuple<Tensor, Tensor> estimate_vertical_slash(Tensor q, Tensor k, int64_t num_columns,
                                                    int64_t num_offsets, int64_t last_q,
                                                    int64_t sink, int64_t local,
-                                                   std::optional<double> share) {
+                                                   std::optional<double> share,
+                                                   std::optional<Tensor> q_lens,
+                                                   std::optional<Tensor> kv_lens) {
+  const Lengths lengths = check_lengths(q_lens, kv_lens, q);
   const Shape shape = check_qkv(support(), q, k, nullptr);
   const VerticalSlashSizes sizes =
       check_vertical_slash_sizes(num_columns, num_offsets, last_q, sink, local);
@@ -245,6 +258,7 @@ std::tuple<Tensor, Tensor> estimate_vertical_slash(Tensor q, Tensor k, int64_t n
                                      sizes.offsets,
                                      static_cast<int32_t*>(columns.data_ptr()),
                                      static_cast<int32_t*>(offsets.data_ptr()),
+                                     lengths,
                                      millionths};
   const Tensor workspace = scratch(q, estimate_vertical_slash_bytes(params));
   check_status(sparseattn::estimate_vertical_slash(params, workspace.data_ptr(), launch.stream()));
@@ -252,7 +266,9 @@ std::tuple<Tensor, Tensor> estimate_vertical_slash(Tensor q, Tensor k, int64_t n
 }
 
 Tensor estimate_block_sparse(Tensor q, Tensor k, int64_t top_k, int64_t block,
-                             std::optional<double> share, std::string method, int64_t stride) {
+                             std::optional<double> share, std::string method, int64_t stride,
+                             std::optional<Tensor> q_lens, std::optional<Tensor> kv_lens) {
+  const Lengths lengths = check_lengths(q_lens, kv_lens, q);
   const Shape shape = check_qkv(support(), q, k, nullptr);
   const int32_t blocks = check_size("top_k", top_k, 1);
   check_block("block", block);
@@ -276,6 +292,7 @@ Tensor estimate_block_sparse(Tensor q, Tensor k, int64_t top_k, int64_t block,
                                    blocks,
                                    static_cast<uint32_t*>(bits.data_ptr()),
                                    static_cast<uint8_t*>(mask.data_ptr()),
+                                   lengths,
                                    millionths,
                                    nullptr,
                                    residues};

@@ -38,6 +38,7 @@ struct AttentionParams {
   float* lse;   // [batch, q_heads, q_len] contiguous, natural log; may be null
   float scale;
   const HeadIndex* heads;  // [batch, q_heads]
+  Lengths lengths = {};
 };
 Status sparse_attention(const AttentionParams& params, const ParallelFor& parallel_for);
 
@@ -57,8 +58,9 @@ struct VerticalSlashEstimate {
   const int32_t* num_offsets;  // [heads] or null: max_offsets for all
   int32_t max_columns;
   int32_t max_offsets;
-  int32_t* columns;                 // out [batch, heads, max_columns] ascending, then -1
-  int32_t* offsets;                 // out [batch, heads, max_offsets] ascending, then -1
+  int32_t* columns;  // out [batch, heads, max_columns] ascending, then -1
+  int32_t* offsets;  // out [batch, heads, max_offsets] ascending, then -1
+  Lengths lengths = {};
   int32_t share = 0;                // of all heads where `shares` is null; millionths, 0: none
   const int32_t* shares = nullptr;  // [heads]
 };
@@ -75,11 +77,12 @@ struct BlockSparseEstimate {
   const int32_t* head_ids;  // [heads] or null
   const int32_t* top_k;     // [heads] or null: max_top_k for all
   int32_t max_top_k;
-  uint8_t* block_mask;               // out bool [batch, heads, q_blocks, kv_blocks] contiguous
+  uint8_t* block_mask;  // out bool [batch, heads, q_blocks, kv_blocks] contiguous
+  Lengths lengths = {};
   int32_t share = 0;                 // as in VerticalSlashEstimate
   const int32_t* shares = nullptr;   // [heads]
   int32_t stride = 0;                // of all heads where `strides` is null; 0: means
-  const int32_t* strides = nullptr;  // [heads]
+  const int32_t* strides = nullptr;  // [heads]: heads of another stride are left alone
 };
 Status estimate_block_sparse(const BlockSparseEstimate& params, const ParallelFor& parallel_for);
 

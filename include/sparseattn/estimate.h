@@ -32,9 +32,10 @@ struct VerticalSlashEstimate {
   const int32_t* num_offsets;  // [heads] device, or null: max_offsets for all
   int32_t max_columns;
   int32_t max_offsets;
-  int32_t* columns;   // out [batch, heads, max_columns] ascending, then -1 to the end of the row
-  int32_t* offsets;   // out [batch, heads, max_offsets] ascending, then -1
-  int32_t share = 0;  // of all heads where `shares` is null; millionths, 0: none
+  int32_t* columns;      // out [batch, heads, max_columns] ascending, then -1 to the end of the row
+  int32_t* offsets;      // out [batch, heads, max_offsets] ascending, then -1
+  Lengths lengths = {};  // each sequence is estimated from its own last rows
+  int32_t share = 0;     // of all heads where `shares` is null; millionths, 0: none
   const int32_t* shares = nullptr;  // [heads] device
 };
 size_t estimate_vertical_slash_bytes(const VerticalSlashEstimate& params);
@@ -65,6 +66,7 @@ struct BlockSparseEstimate {
   int32_t max_top_k;
   uint32_t* block_bits;  // out [batch, heads, q_blocks, block_words]
   uint8_t* block_mask;   // out bool [batch, heads, q_blocks, kv_blocks] contiguous, or null
+  Lengths lengths = {};  // blocks past a sequence's end select nothing and are not selected
   int32_t share = 0;     // of all heads where `shares` is null; millionths, 0: none
   const int32_t* shares = nullptr;   // [heads] device
   int32_t stride = 0;                // 0: means; else 4, 8, 16 or 32

@@ -24,7 +24,7 @@ _LAZY = {
     "PatternConfig": ("config", "PatternConfig"),
     "search_patterns": ("search", "search_patterns"),
 }
-_MODULES = ("config", "hf", "reference", "search")
+_MODULES = ("config", "hf", "policy", "reference", "search")
 
 __all__ = [
     "AShape",
@@ -39,6 +39,7 @@ __all__ = [
     "estimate_vertical_slash",
     "hf",
     "info",
+    "policy",
     "reference",
     "search_patterns",
     "sparse_attention",

@@ -31,27 +31,51 @@ def _attention_fake(q: torch.Tensor, return_lse: bool) -> tuple[torch.Tensor, to
 
 
 @torch.library.register_fake("sparseattn::a_shape_attention")
-def _(q, k, v, *, sink, window, scale=None, return_lse=False):
+def _(q, k, v, *, sink, window, scale=None, return_lse=False, q_lens=None, kv_lens=None):
     return _attention_fake(q, return_lse)
 
 
 @torch.library.register_fake("sparseattn::vertical_slash_attention")
-def _(q, k, v, columns, offsets, *, scale=None, return_lse=False):
+def _(q, k, v, columns, offsets, *, scale=None, return_lse=False, q_lens=None, kv_lens=None):
     return _attention_fake(q, return_lse)
 
 
 @torch.library.register_fake("sparseattn::block_sparse_attention")
-def _(q, k, v, block_mask, *, block_q=64, block_kv=64, scale=None, return_lse=False):
+def _(
+    q,
+    k,
+    v,
+    block_mask,
+    *,
+    block_q=64,
+    block_kv=64,
+    scale=None,
+    return_lse=False,
+    q_lens=None,
+    kv_lens=None,
+):
     return _attention_fake(q, return_lse)
 
 
 @torch.library.register_fake("sparseattn::sparse_attention")
-def _(q, k, v, patterns, *, scale=None, return_lse=False):
+def _(q, k, v, patterns, *, scale=None, return_lse=False, q_lens=None, kv_lens=None):
     return _attention_fake(q, return_lse)
 
 
 @torch.library.register_fake("sparseattn::estimate_vertical_slash")
-def _(q, k, *, num_columns, num_offsets, last_q=64, sink=30, local=100, share=None):
+def _(
+    q,
+    k,
+    *,
+    num_columns,
+    num_offsets,
+    last_q=64,
+    sink=30,
+    local=100,
+    share=None,
+    q_lens=None,
+    kv_lens=None,
+):
     batch, heads = q.shape[:2]
     return (
         q.new_empty((batch, heads, num_columns), dtype=torch.int32),
@@ -60,7 +84,7 @@ def _(q, k, *, num_columns, num_offsets, last_q=64, sink=30, local=100, share=No
 
 
 @torch.library.register_fake("sparseattn::estimate_block_sparse")
-def _(q, k, *, top_k, block=64, share=None, method="mean", stride=16):
+def _(q, k, *, top_k, block=64, share=None, method="mean", stride=16, q_lens=None, kv_lens=None):
     batch, heads, q_len, _ = q.shape
     q_blocks, kv_blocks = -(-q_len // block), -(-k.shape[2] // block)
     return q.new_empty((batch, heads, q_blocks, kv_blocks), dtype=torch.bool)

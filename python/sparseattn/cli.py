@@ -16,6 +16,7 @@ from collections.abc import Sequence
 COMMANDS: dict[str, tuple[str, str]] = {
     "info": ("sparseattn.info", "versions, devices, and the path chosen for each shape"),
     "demo": ("sparseattn.demo", "dense against sparse prefill on a real text"),
+    "bench": ("sparseattn.bench", "benchmarks of the operators on this machine"),
     "search": ("sparseattn.search", "find the pattern of every head of a model"),
 }
 

@@ -9,6 +9,7 @@ What runs when, for each sequence of the batch (lengths are counted without left
 * ``q_len == 1`` (decode): dense.
 * ``kv_len >= min_length`` and ``q_len >= MIN_QUERY_ROWS``: ``sparse_attention`` with the layer's
   patterns. Appended and chunked prefill too; the index is estimated anew for every call.
+  ``min_length`` is measured, for each layer's patterns apart (``sparseattn.policy``), or given.
 * anything else, and layers whose heads are all dense: dense.
 
 Whatever would need another mask than causal with left padding is refused with a ``ValueError``.
@@ -17,7 +18,7 @@ Whatever would need another mask than causal with left padding is refused with a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparseattn import policy
 from sparseattn.patterns import PATTERNS, Dense, Pattern
 
 if TYPE_CHECKING:
@@ -32,9 +34,6 @@ if TYPE_CHECKING:
 
 #: Name under which the attention function is registered with transformers.
 NAME = "sparseattn"
-#: Prompts shorter than this run dense: measured on an H200 against the fastest SDPA backend,
-#: for the Llama-3-8B preset (benchmarks/min_length.py).
-DEFAULT_MIN_LENGTH = 32768
 #: Calls with fewer query rows than one tile of 64 run dense: the estimate alone uses 64 rows.
 MIN_QUERY_ROWS = 64
 
@@ -57,13 +56,25 @@ _MAX_MASK_ELEMENTS = 2**24  # of the masks that dense attention builds, a tile o
 class _LayerState:
     layer: int
     patterns: tuple[Pattern, ...] | None  # None: all heads dense
-    min_length: int
+    min_length: int | str | PathLike[str] | None  # given: a length, a table, None: the shipped one
+    lengths: dict[Any, int] = field(default_factory=dict)  # those looked up
+
+    def min_length_on(self, x: Tensor, head_dim: int) -> int:
+        """The layer's min_length for tensors of x's device and dtype."""
+        if isinstance(self.min_length, int):
+            return self.min_length
+        place = (x.device.type, x.dtype)
+        if place not in self.lengths:
+            self.lengths[place] = policy.recommended_min_length(
+                self.patterns, x.device, dtype=x.dtype, head_dim=head_dim, table=self.min_length
+            )
+        return self.lengths[place]
 
 
 def enable(
     model: Any,
     patterns: PatternConfig | Sequence[Sequence[Pattern]] | str | PathLike | None = None,
-    min_length: int | None = None,
+    min_length: int | str | PathLike[str] | None = None,
 ) -> Any:
     """Make a transformers model use sparse prefill; returns the same model, changed in place.
 
@@ -72,13 +83,16 @@ def enable(
             without its language model head.
         patterns: one pattern for every query head of every layer, as a PatternConfig, nested lists
             ``[layer][head]`` or what ``PatternConfig.load`` takes; None: all heads dense.
-        min_length: shortest kv_len, in tokens, that runs sparse; None: DEFAULT_MIN_LENGTH.
+        min_length: shortest kv_len, in tokens, that runs sparse; None: measured, for each layer's
+            patterns apart (``policy.recommended_min_length``); or a file with measurements of your
+            own, from ``sparseattn bench prefill --record-policy FILE``.
 
     Calling it again replaces the patterns. The forward pass has no backward: use no_grad.
 
     Raises:
         ImportError: transformers is not installed.
         TypeError: a pattern or min_length is of the wrong type.
+        OSError: min_length names no file.
         ValueError: another architecture, or layer or head counts that are not the model's.
 
     Source: MInference (arXiv 2407.02490), section 3.
@@ -87,14 +101,19 @@ def enable(
     modules = _attention_modules(model)
     if getattr(model.config, "output_attentions", False):
         raise ValueError("output_attentions: expected False, got True (weights are never formed)")
-    if min_length is None:
-        min_length = DEFAULT_MIN_LENGTH
-    if not isinstance(min_length, int) or isinstance(min_length, bool):
-        raise TypeError(f"min_length: expected int or None, got {type(min_length).__name__}")
-    if min_length < 0:
+    if isinstance(min_length, bool) or not isinstance(min_length, (int, str, PathLike, type(None))):
+        raise TypeError(
+            f"min_length: expected int, a file or None, got {type(min_length).__name__}"
+        )
+    if isinstance(min_length, int) and min_length < 0:
         raise ValueError(f"min_length: expected at least 0, got {min_length}")
     heads = model.config.num_attention_heads
     layers = _resolve_patterns(patterns, len(modules), heads)
+    states = [_LayerState(layer, row, min_length) for layer, row in enumerate(layers)]
+    head_dim = getattr(model.config, "head_dim", None) or model.config.hidden_size // heads
+    for module, state in zip(modules, states, strict=True):
+        if state.patterns is not None:  # a table is read and checked here, not in the first call
+            state.min_length_on(next(module.parameters()), head_dim)
 
     if model.config._attn_implementation != NAME:
         previous = model.config._attn_implementation
@@ -102,8 +121,8 @@ def enable(
         if model.config._attn_implementation != NAME:
             raise ValueError(f"model: {type(model).__name__} does not let its attention be set")
         setattr(model, _PREVIOUS, previous)
-    for layer, (module, row) in enumerate(zip(modules, layers, strict=True)):
-        setattr(module, _STATE, _LayerState(layer, row, min_length))
+    for module, state in zip(modules, states, strict=True):
+        setattr(module, _STATE, state)
     return model
 
 
@@ -344,8 +363,11 @@ def _key_range(attention_mask: Tensor | None, q_len: int, key_length: int) -> tu
 def _attend(state: _LayerState, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
     """Causal attention, bottom-right aligned, of sequences without padding: [B, Hq, q_len, D]."""
     q_len, kv_len = q.shape[2], k.shape[2]
-    long_enough = kv_len >= state.min_length and q_len >= MIN_QUERY_ROWS
-    if state.patterns is not None and long_enough:
+    if (
+        state.patterns is not None
+        and q_len >= MIN_QUERY_ROWS
+        and kv_len >= state.min_length_on(q, q.shape[3])
+    ):
         return _sparse(state, q, k, v, scale)
     if q_len == kv_len:
         return F.scaled_dot_product_attention(

@@ -79,7 +79,7 @@ def _version_of(package: str) -> str | None:
 
 def _devices() -> list[dict[str, Any]]:
     devices: list[dict[str, Any]] = [
-        {"device": "cpu", "name": _cpu_name(), "threads": torch.get_num_threads()}
+        {"device": "cpu", "name": cpu_name(), "threads": torch.get_num_threads()}
     ]
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(index)
@@ -94,7 +94,8 @@ def _devices() -> list[dict[str, Any]]:
     return devices
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
             for line in lines:

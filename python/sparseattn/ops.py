@@ -10,6 +10,15 @@ CUDA takes float16 and bfloat16 with head_dim 64, 96 or 128; the CPU takes float
 with head_dim 16, 32, 64, 96 or 128. Sums are fp32. Everything else raises ``ValueError`` or
 ``TypeError`` that names the argument. There is no backward.
 
+Batches of unequal length are padded at the end: ``q_lens`` and ``kv_lens``, int32 or int64 tensors
+``[batch]`` on q's device, say how many query rows and keys each sequence has (None: ``q_len``,
+``kv_len`` for all). A sequence gets what it would get alone, cut to its lengths: positions and
+tiles count by its own lengths (row ``i`` of sequence ``b`` is at ``i + kv_lens[b] - q_lens[b]``),
+estimates use its own last rows. Rows beyond ``q_lens[b]`` have output 0 and LSE -inf, and what
+lies beyond the lengths in q, k and v may be NaN. 0 is a length, too: no row sees anything, and
+estimates select nothing. Values are read on the device, never by the host, and clamped there:
+``kv_lens`` to ``0 .. kv_len``, then ``q_lens`` to ``0 .. min(q_len, kv_lens)``.
+
 Attention returns ``out`` of q's shape and dtype, or ``(out, lse)`` with ``return_lse=True``: the
 natural log of the sum of exp(scaled scores), fp32 ``[batch, q_heads, q_len]``. A row that sees no
 key has output 0 and LSE -inf. ``scale`` defaults to ``1/sqrt(head_dim)``.
@@ -66,6 +75,8 @@ def a_shape_attention(
     window: int,
     scale: float | None = None,
     return_lse: bool = False,
+    q_lens: Tensor | None = None,
+    kv_lens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over the first ``sink`` keys and the ``window`` most recent ones.
 
@@ -81,6 +92,8 @@ def a_shape_attention(
         window=window,
         scale=scale,
         return_lse=return_lse,
+        q_lens=q_lens,
+        kv_lens=kv_lens,
     )
     return _result(pair, return_lse)
 
@@ -94,6 +107,8 @@ def vertical_slash_attention(
     *,
     scale: float | None = None,
     return_lse: bool = False,
+    q_lens: Tensor | None = None,
+    kv_lens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over chosen columns and the cover of chosen offsets (arXiv 2407.02490, 3.1).
 
@@ -103,10 +118,19 @@ def vertical_slash_attention(
 
     Cover: query rows are taken in tiles of 64. With ``e = kv_len - q_len + 64 (m + 1)`` each offset
     ``o`` makes keys ``e - 64 - o .. e - o - 1`` visible to all rows of tile ``m``: every key that
-    the diagonal crosses inside the tile.
+    the diagonal crosses inside the tile. Lengths are those of the sequence, here and everywhere.
     """
     pair = _call(
-        _ops.vertical_slash_attention, q, k, v, columns, offsets, scale=scale, return_lse=return_lse
+        _ops.vertical_slash_attention,
+        q,
+        k,
+        v,
+        columns,
+        offsets,
+        scale=scale,
+        return_lse=return_lse,
+        q_lens=q_lens,
+        kv_lens=kv_lens,
     )
     return _result(pair, return_lse)
 
@@ -121,6 +145,8 @@ def block_sparse_attention(
     block_kv: int = 64,
     scale: float | None = None,
     return_lse: bool = False,
+    q_lens: Tensor | None = None,
+    kv_lens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over the blocks that ``block_mask`` selects.
 
@@ -138,6 +164,8 @@ def block_sparse_attention(
         block_kv=block_kv,
         scale=scale,
         return_lse=return_lse,
+        q_lens=q_lens,
+        kv_lens=kv_lens,
     )
     return _result(pair, return_lse)
 
@@ -150,6 +178,8 @@ def sparse_attention(
     *,
     scale: float | None = None,
     return_lse: bool = False,
+    q_lens: Tensor | None = None,
+    kv_lens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Estimate, select, attend: one pattern per query head, mixed freely, in one call.
 
@@ -160,7 +190,15 @@ def sparse_attention(
     to 3). No host sync on CUDA.
     """
     pair = _call(
-        _ops.sparse_attention, q, k, v, flatten(patterns), scale=scale, return_lse=return_lse
+        _ops.sparse_attention,
+        q,
+        k,
+        v,
+        flatten(patterns),
+        scale=scale,
+        return_lse=return_lse,
+        q_lens=q_lens,
+        kv_lens=kv_lens,
     )
     return _result(pair, return_lse)
 
@@ -197,6 +235,8 @@ def estimate_vertical_slash(
     sink: int = 30,
     local: int = 100,
     share: float | None = None,
+    q_lens: Tensor | None = None,
+    kv_lens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Columns and offsets that carry the last rows' attention mass (arXiv 2407.02490, alg. 2).
 
@@ -224,6 +264,8 @@ def estimate_vertical_slash(
         sink=sink,
         local=local,
         share=share,
+        q_lens=q_lens,
+        kv_lens=kv_lens,
     )
 
 
@@ -236,6 +278,8 @@ def estimate_block_sparse(
     share: float | None = None,
     method: str = "mean",
     stride: int = 16,
+    q_lens: Tensor | None = None,
+    kv_lens: Tensor | None = None,
 ) -> Tensor:
     """The ``top_k`` best key blocks of every query block (arXiv 2407.02490, alg. 3).
 
@@ -266,4 +310,6 @@ def estimate_block_sparse(
         share=share,
         method=method,
         stride=stride,
+        q_lens=q_lens,
+        kv_lens=kv_lens,
     )

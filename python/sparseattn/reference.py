@@ -4,7 +4,8 @@ It is written to be read, not to be fast. Masks are bool, True where a query row
 row ``i`` is at position ``p = i + kv_len - q_len`` (bottom-right aligned), and every mask keeps
 ``k <= p``. The functions named like operators take the operators' arguments and return what the
 operators approximate, in fp64. Everything runs on the device of its inputs, so a GPU can check
-itself.
+itself. In a batch of unequal length every sequence is treated as if it were alone, cut to its
+``q_lens[b]`` rows and ``kv_lens[b]`` keys; beyond them masks are False.
 
 Sources: A-shape, vertical-slash and block-sparse patterns and their estimation are MInference's
 (arXiv 2407.02490, section 3); the cover of an offset per tile of 64 rows is this library's.
@@ -12,9 +13,8 @@ Sources: A-shape, vertical-slash and block-sparse patterns and their estimation 
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -94,18 +94,24 @@ def block_sparse_mask(
     return mask & dense_mask(q_len, kv_len, block_mask.device)
 
 
-def pattern_mask(q: Tensor, k: Tensor, patterns: Sequence[Pattern]) -> Tensor:
+def pattern_mask(
+    q: Tensor,
+    k: Tensor,
+    patterns: Sequence[Pattern],
+    q_lens: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+) -> Tensor:
     """Mask of a pattern for each query head, estimates included: bool [B, Hq, q_len, kv_len]."""
-    q_len, kv_len = q.shape[2], k.shape[2]
-    heads = []
-    for h, pattern in enumerate(patterns):
-        qh, kh = q[:, h : h + 1], k[:, h // _group(q, k)].unsqueeze(1)
+
+    def head_mask(b: int, h: int, m: int, n: int) -> Tensor:
+        kv_head = h // _group(q, k)
+        qh, kh = q[b : b + 1, h : h + 1, :m], k[b : b + 1, kv_head : kv_head + 1, :n]
+        pattern = patterns[h]
         if isinstance(pattern, Dense):
-            mask = dense_mask(q_len, kv_len, q.device).expand(q.shape[0], 1, -1, -1)
-        elif isinstance(pattern, AShape):
-            mask = a_shape_mask(q_len, kv_len, pattern.sink, pattern.window, q.device)
-            mask = mask.expand(q.shape[0], 1, -1, -1)
-        elif isinstance(pattern, VerticalSlash):
+            return dense_mask(m, n, q.device)
+        if isinstance(pattern, AShape):
+            return a_shape_mask(m, n, pattern.sink, pattern.window, q.device)
+        if isinstance(pattern, VerticalSlash):
             columns, offsets = estimate_vertical_slash(
                 qh,
                 kh,
@@ -113,14 +119,29 @@ def pattern_mask(q: Tensor, k: Tensor, patterns: Sequence[Pattern]) -> Tensor:
                 num_offsets=pattern.offsets,
                 share=pattern.share,
             )
-            mask = _vertical_slash_masks(q_len, kv_len, columns, offsets)
-        elif isinstance(pattern, BlockSparse):
+            return vertical_slash_mask(m, n, columns[0, 0], offsets[0, 0])
+        if isinstance(pattern, BlockSparse):
             blocks = estimate_block_sparse(qh, kh, top_k=pattern.top_k, **options_of(pattern))
-            mask = _block_sparse_masks(q_len, kv_len, blocks, 64, 64)
-        else:
-            raise TypeError(f"patterns: expected a pattern, got {type(pattern).__name__}")
-        heads.append(mask)
-    return torch.cat(heads, dim=1)
+            return block_sparse_mask(m, n, blocks[0, 0])
+        raise TypeError(f"patterns: expected a pattern, got {type(pattern).__name__}")
+
+    return _each_head(q, k, q_lens, kv_lens, head_mask)
+
+
+def lengths(
+    q: Tensor, k: Tensor, q_lens: Tensor | None = None, kv_lens: Tensor | None = None
+) -> list[tuple[int, int]]:
+    """Query rows and keys of every sequence, clamped as the operators clamp them.
+
+    ``0 <= rows <= keys``: a sequence has no more rows than keys, and without rows it has no keys,
+    since nothing would see them.
+    """
+    batch, q_len, kv_len = q.shape[0], q.shape[2], k.shape[2]
+    rows = [q_len] * batch if q_lens is None else q_lens.tolist()
+    keys = [kv_len] * batch if kv_lens is None else kv_lens.tolist()
+    keys = [min(max(n, 0), kv_len) for n in keys]
+    rows = [min(max(m, 0), q_len, n) for m, n in zip(rows, keys, strict=True)]
+    return [(m, n if m else 0) for m, n in zip(rows, keys, strict=True)]
 
 
 # --- attention ----------------------------------------------------------------------------------
@@ -160,29 +181,55 @@ def masked_attention(
     return out, lse
 
 
-def a_shape_attention(q, k, v, *, sink, window, scale=None, return_lse=False):
+def a_shape_attention(
+    q, k, v, *, sink, window, scale=None, return_lse=False, q_lens=None, kv_lens=None
+):
     """What ``sparseattn.a_shape_attention`` approximates, fp64."""
-    mask = a_shape_mask(q.shape[2], k.shape[2], sink, window, q.device)
+
+    def head_mask(b, h, m, n):
+        return a_shape_mask(m, n, sink, window, q.device)
+
+    mask = _each_head(q, k, q_lens, kv_lens, head_mask)
     return _result(masked_attention(q, k, v, mask, scale), return_lse)
 
 
-def vertical_slash_attention(q, k, v, columns, offsets, *, scale=None, return_lse=False):
+def vertical_slash_attention(
+    q, k, v, columns, offsets, *, scale=None, return_lse=False, q_lens=None, kv_lens=None
+):
     """What ``sparseattn.vertical_slash_attention`` approximates, fp64. Lists [B, Hq, n]."""
-    mask = _vertical_slash_masks(q.shape[2], k.shape[2], columns, offsets)
+
+    def head_mask(b, h, m, n):
+        return vertical_slash_mask(m, n, columns[b, h], offsets[b, h])
+
+    mask = _each_head(q, k, q_lens, kv_lens, head_mask)
     return _result(masked_attention(q, k, v, mask, scale), return_lse)
 
 
 def block_sparse_attention(
-    q, k, v, block_mask, *, block_q=64, block_kv=64, scale=None, return_lse=False
+    q,
+    k,
+    v,
+    block_mask,
+    *,
+    block_q=64,
+    block_kv=64,
+    scale=None,
+    return_lse=False,
+    q_lens=None,
+    kv_lens=None,
 ):
     """What ``sparseattn.block_sparse_attention`` approximates, fp64. Mask [B, Hq, nq, nk]."""
-    mask = _block_sparse_masks(q.shape[2], k.shape[2], block_mask, block_q, block_kv)
+
+    def head_mask(b, h, m, n):
+        return block_sparse_mask(m, n, block_mask[b, h], block_q, block_kv)
+
+    mask = _each_head(q, k, q_lens, kv_lens, head_mask)
     return _result(masked_attention(q, k, v, mask, scale), return_lse)
 
 
-def sparse_attention(q, k, v, patterns, *, scale=None, return_lse=False):
+def sparse_attention(q, k, v, patterns, *, scale=None, return_lse=False, q_lens=None, kv_lens=None):
     """What ``sparseattn.sparse_attention`` approximates, fp64. One pattern per query head."""
-    mask = pattern_mask(q, k, patterns)
+    mask = pattern_mask(q, k, patterns, q_lens, kv_lens)
     return _result(masked_attention(q, k, v, mask, scale), return_lse)
 
 
@@ -212,7 +259,17 @@ def vertical_slash_mass(
 
 
 def estimate_vertical_slash(
-    q, k, *, num_columns, num_offsets, last_q=64, sink=30, local=100, share=None
+    q,
+    k,
+    *,
+    num_columns,
+    num_offsets,
+    last_q=64,
+    sink=30,
+    local=100,
+    share=None,
+    q_lens=None,
+    kv_lens=None,
 ) -> tuple[Tensor, Tensor]:
     """What ``sparseattn.estimate_vertical_slash`` returns, decided in fp64.
 
@@ -220,21 +277,34 @@ def estimate_vertical_slash(
     rank before all others, equals by the smaller index. int32 [B, Hq, num_columns] and
     [B, Hq, num_offsets], ascending, then -1. With a share: what ``select_by_share`` keeps.
     """
-    if share is not None:
-        columns = torch.full((*q.shape[:2], num_columns), -1, dtype=torch.int32, device=q.device)
-        offsets = torch.full((*q.shape[:2], num_offsets), -1, dtype=torch.int32, device=q.device)
-        sink, local = min(sink, num_columns, k.shape[2]), min(local, num_offsets, k.shape[2])
-        masses = vertical_slash_mass(q, k, last_q, sink, local)
-        rows = min(last_q, q.shape[2])
-        for b, h in itertools.product(range(q.shape[0]), range(q.shape[1])):
+    both = [
+        torch.full((*q.shape[:2], count), -1, dtype=torch.int32, device=q.device)
+        for count in (num_columns, num_offsets)
+    ]
+    for b, (m, n) in enumerate(lengths(q, k, q_lens, kv_lens)):
+        if m == 0:
+            continue
+        own = q[b : b + 1, :, :m], k[b : b + 1, :, :n]
+        if share is None:
+            masses = vertical_slash_mass(*own, last_q)
+            for out, mass, forced in zip(both, masses, (sink, local), strict=True):
+                out[b] = _select(mass[0], forced, out.shape[-1])
+            continue
+        forced = min(sink, num_columns, n), min(local, num_offsets, n)
+        masses = vertical_slash_mass(*own, last_q, *forced)
+        for h in range(q.shape[1]):
             kept = select_by_share(
-                masses[0][b, h], masses[1][b, h], rows, num_columns, num_offsets, sink, local, share
+                masses[0][0, h],
+                masses[1][0, h],
+                min(last_q, m),
+                num_columns,
+                num_offsets,
+                *forced,
+                share,
             )
-            for out, values in zip((columns, offsets), kept, strict=True):
+            for out, values in zip(both, kept, strict=True):
                 out[b, h, : len(values)] = torch.tensor(values, dtype=torch.int32)
-        return columns, offsets
-    columns, offsets = vertical_slash_mass(q, k, last_q)
-    return _select(columns, sink, num_columns), _select(offsets, local, num_offsets)
+    return both[0], both[1]
 
 
 def select_by_share(
@@ -323,19 +393,28 @@ def block_weights(
     return scores.masked_fill(hidden, -math.inf).softmax(dim=-1)
 
 
-def estimate_block_sparse(q, k, *, top_k, block=64, share=None, method="mean", stride=16) -> Tensor:
+def estimate_block_sparse(
+    q, k, *, top_k, block=64, share=None, method="mean", stride=16, q_lens=None, kv_lens=None
+) -> Tensor:
     """What ``sparseattn.estimate_block_sparse`` returns, decided in fp64: bool [B, Hq, nq, nk].
 
     With a share, a row keeps the first of its ``top_k`` blocks whose weights reach it.
     """
-    scores = block_scores(q, k, block, method, stride)
-    best = scores.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
-    kept = torch.ones_like(best, dtype=torch.bool)
-    if share is not None:
-        weights = block_weights(q, k, block, method, stride).gather(-1, best)
-        kept[..., 1:] = weights.cumsum(-1)[..., :-1] < share
-    mask = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, kept)
-    return mask & (scores > -math.inf)
+    nq, nk = (-(-x.shape[2] // block) for x in (q, k))
+    mask = torch.zeros(*q.shape[:2], nq, nk, dtype=torch.bool, device=q.device)
+    for b, (m, n) in enumerate(lengths(q, k, q_lens, kv_lens)):
+        if m == 0:
+            continue
+        own = q[b : b + 1, :, :m], k[b : b + 1, :, :n]
+        scores = block_scores(*own, block, method, stride)[0]
+        best = scores.argsort(dim=-1, descending=True, stable=True)[..., :top_k]
+        kept = torch.ones_like(best, dtype=torch.bool)
+        if share is not None:
+            weights = block_weights(*own, block, method, stride)[0].gather(-1, best)
+            kept[..., 1:] = weights.cumsum(-1)[..., :-1] < share
+        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, kept)
+        mask[b, :, : scores.shape[1], : scores.shape[2]] = chosen & (scores > -math.inf)
+    return mask
 
 
 # --- measures -----------------------------------------------------------------------------------
@@ -421,21 +500,19 @@ def _row_chunks(mask: Tensor) -> Iterator[slice]:
         yield slice(first, min(first + rows, q_len))
 
 
-def _vertical_slash_masks(q_len: int, kv_len: int, columns: Tensor, offsets: Tensor) -> Tensor:
-    masks = [
-        vertical_slash_mask(q_len, kv_len, c, o)
-        for c, o in zip(columns.flatten(0, 1), offsets.flatten(0, 1), strict=True)
-    ]
-    return torch.stack(masks).unflatten(0, columns.shape[:2])
-
-
-def _block_sparse_masks(
-    q_len: int, kv_len: int, block_mask: Tensor, block_q: int, block_kv: int
+def _each_head(
+    q: Tensor,
+    k: Tensor,
+    q_lens: Tensor | None,
+    kv_lens: Tensor | None,
+    head_mask: Callable[[int, int, int, int], Tensor],
 ) -> Tensor:
-    masks = [
-        block_sparse_mask(q_len, kv_len, m, block_q, block_kv) for m in block_mask.flatten(0, 1)
-    ]
-    return torch.stack(masks).unflatten(0, block_mask.shape[:2])
+    """bool [B, Hq, q_len, kv_len] of ``head_mask(b, h, rows, keys)`` [rows, keys] of every head."""
+    mask = torch.zeros(*q.shape[:3], k.shape[2], dtype=torch.bool, device=q.device)
+    for b, (m, n) in enumerate(lengths(q, k, q_lens, kv_lens)):
+        for h in range(q.shape[1] if m else 0):
+            mask[b, h, :m, :n] = head_mask(b, h, m, n)
+    return mask
 
 
 def _select(mass: Tensor, forced: int, count: int) -> Tensor:

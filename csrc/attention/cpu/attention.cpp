@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "attention/cpu/key_list.h"
@@ -102,16 +103,33 @@ void finish_panel(const Kernels& kernels, int32_t panel, int32_t rows, int32_t h
   kernels.store(s.out.data() + panel * head_dim * kPanelRows, factor, rows, head_dim, out);
 }
 
+/// Rows past the end of a sequence.
+void clear_rows(const Rows& out, int32_t count, int32_t head_dim, float* lse) {
+  const size_t element = out.dtype == DType::kFloat32 ? 4 : 2;
+  for (int32_t r = 0; r < count; ++r) {
+    std::memset(static_cast<char*>(out.data) + r * out.row_stride * element, 0, head_dim * element);
+    if (lse != nullptr) lse[r] = -INFINITY;
+  }
+}
+
 void attend_tile(const AttentionParams& p, const Kernels& kernels, const KeyList& list,
                  int64_t sequence, int32_t head, int32_t tile, Scratch& s) {
-  const Shape& shape = p.shape;
+  const Shape shape = sequence_shape(p.shape, p.lengths, sequence);
   const int32_t dim = shape.head_dim;
   const int64_t row = int64_t{kTileRows} * tile;
-  const int32_t rows = static_cast<int32_t>(std::min<int64_t>(kTileRows, shape.q_len - row));
+  const auto rows_before = [row](int32_t length) {
+    return static_cast<int32_t>(std::clamp<int64_t>(length - row, 0, kTileRows));
+  };
+  const int32_t rows = rows_before(shape.q_len), padded_rows = rows_before(p.shape.q_len);
   const int64_t first_position = row + shape.kv_len - shape.q_len;
   const auto rows_at = [&](const View& view, int64_t view_head, int64_t offset) {
     return rows_of_head(view, p.dtype, sequence, view_head, offset);
   };
+  float* lse = nullptr;
+  if (p.lse != nullptr) lse = p.lse + (sequence * shape.q_heads + head) * p.shape.q_len + row;
+  clear_rows(rows_at(p.out, head, row + rows), padded_rows - rows, dim,
+             lse == nullptr ? nullptr : lse + rows);
+  if (rows == 0) return;
   const Rows k = rows_at(p.k, head / shape.group(), 0);
   const Rows v = rows_at(p.v, head / shape.group(), 0);
 
@@ -135,8 +153,6 @@ void attend_tile(const AttentionParams& p, const Kernels& kernels, const KeyList
                          s.out.data() + panel_row * dim);
     }
   }
-  float* lse = nullptr;
-  if (p.lse != nullptr) lse = p.lse + (sequence * shape.q_heads + head) * shape.q_len + row;
   for (int32_t r = 0; r < rows; r += kPanelRows) {
     finish_panel(kernels, r / kPanelRows, std::min(kPanelRows, rows - r), dim,
                  rows_at(p.out, head, row + r), lse == nullptr ? nullptr : lse + r, s);
@@ -171,7 +187,7 @@ Status sparse_attention(const AttentionParams& params, const ParallelFor& parall
   struct NoScratch {};
   std::vector<KeyList> lists(heads);
   for_each_item<NoScratch>(parallel_for, heads, [&](int64_t i, NoScratch&) {
-    lists[i] = KeyList(params.heads[i], shape);
+    lists[i] = KeyList(params.heads[i], sequence_shape(shape, params.lengths, i / shape.q_heads));
   });
   // Heads in order and tiles from the last, longest one down: threads share a head's keys in cache
   // and the call ends on short items.

@@ -166,42 +166,66 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < 2 * Traits::kRowTiles; ++i) {
       const int tile = i / 2, row = i % 2;
+      const int row_of_tile = accumulator_row<Traits>(thread, tile, row);
+      // Rows past the sequence's end attended as rows of zeros do; they come out empty.
+      const bool exists = row_of_tile < where.rows;
       const float sum = quad_sum(softmax.sum[tile][row]);
       const float inverse = sum > 0.f ? 1.f / sum : 0.f;
-      const int query_row = where.tile * kTileRows + accumulator_row<Traits>(thread, tile, row);
+      const int query_row = where.tile * kTileRows + row_of_tile;
       if (query_row >= shape.q_len) continue;
       Element* out_row = out + query_row * params.out.row_stride + thread % 4 * 2;
 #pragma unroll
       for (int n = 0; n < size<2>(acc); ++n) {
         const Element pair[2] = {static_cast<Element>(acc(make_coord(0, row), tile, n) * inverse),
                                  static_cast<Element>(acc(make_coord(1, row), tile, n) * inverse)};
-        *reinterpret_cast<uint32_t*>(out_row + 8 * n) = *reinterpret_cast<const uint32_t*>(pair);
+        *reinterpret_cast<uint32_t*>(out_row + 8 * n) =
+            exists ? *reinterpret_cast<const uint32_t*>(pair) : 0;
       }
       if (params.lse != nullptr && thread % 4 == 0) {
         params.lse[head_row * shape.q_len + query_row] =
-            sum > 0.f ? softmax.max[tile][row] * params.scale + logf(sum) : -INFINITY;
+            exists && sum > 0.f ? softmax.max[tile][row] * params.scale + logf(sum) : -INFINITY;
       }
     }
   }
 };
 
-/// Fills the context of the CTA's tile.
+/// A tile of which the sequence has no row: output 0, LSE -inf.
+template <class Traits>
+__device__ __forceinline__ void store_empty(const AttentionParams& params, const TileIndex& where) {
+  using Element = typename Traits::Element;
+  constexpr int kPairs = Traits::kHeadDim / 2;
+  const Shape& shape = params.shape;
+  const int first = where.tile * kTileRows, count = min(kTileRows, shape.q_len - first);
+  Element* out = head_pointer<Element>(params.out, where.sequence, where.head);
+  for (int i = threadIdx.x; i < count * kPairs; i += Traits::kThreads) {
+    Element* pair = out + (first + i / kPairs) * params.out.row_stride + i % kPairs * 2;
+    *reinterpret_cast<uint32_t*>(pair) = 0;
+  }
+  if (params.lse == nullptr) return;
+  const int64_t head_row = static_cast<int64_t>(where.sequence) * shape.q_heads + where.head;
+  float* lse = params.lse + head_row * shape.q_len + first;
+  for (int i = threadIdx.x; i < count; i += Traits::kThreads) lse[i] = -INFINITY;
+}
+
+/// Fills the context of the CTA's tile. `own` is the shape of its sequence.
 template <class Element>
 __device__ void set_context(TileContext<Element>& context, const AttentionParams& params,
-                            const TileIndex& where, const HeadTask& task) {
+                            const TileIndex& where, const HeadTask& task, const Shape& own) {
   const Plan& plan = params.plan;
   const int kv_head = where.head / params.shape.group();
   context.task = task;
   context.sequence = where.sequence;
   context.head = where.head;
   context.tile = where.tile;
+  context.rows = min(kTileRows, own.q_len - where.tile * kTileRows);
+  context.scope = TileScope(own, where.tile);
   context.k = head_pointer<Element>(params.k, where.sequence, kv_head);
   context.v = head_pointer<Element>(params.v, where.sequence, kv_head);
   if (task.kind == PatternKind::kVerticalSlash) {
-    const int64_t row = int64_t{task.slot} * plan.sizes.max_columns;
+    const int64_t row = int64_t{task.slot} * plan.sizes.packed_rows();
     context.packed_k = static_cast<const Element*>(plan.packed_k) + row * params.shape.head_dim;
     context.packed_v = static_cast<const Element*>(plan.packed_v) + row * params.shape.head_dim;
-    context.columns = plan.columns + row;
+    context.columns = plan.columns + int64_t{task.slot} * plan.sizes.max_columns;
   }
 }
 
@@ -232,9 +256,8 @@ __device__ __forceinline__ void attend(const AttentionParams& params,
   const auto refill = [&] {
     __syncthreads();
     if (thread < 32) {
-      const int filled = walker.fill(
-          {params.plan, context.task, TileScope(params.shape, context.tile), context.tile, thread},
-          smem.steps);
+      const int filled =
+          walker.fill({params.plan, context.task, context.scope, context.tile, thread}, smem.steps);
       if (thread == 0) smem.num_steps = filled;
     }
     __syncthreads();
@@ -257,9 +280,8 @@ __device__ __forceinline__ void attend(const AttentionParams& params,
                                              cute::Shape<cute::_64, cute::_64>{});
     consumer.score(smem.query, smem.keys, scores);
     if (smem.steps[index].masked()) {
-      mask_scores<Traits, kPacks>(scores, smem.steps[index], thread,
-                                  params.shape.tile_end(context.tile) - kTileRows, context.task,
-                                  context.columns);
+      mask_scores<Traits, kPacks>(scores, smem.steps[index], thread, context.scope.first,
+                                  context.task, context.columns);
     }
     cp_async_wait_all();
     __syncthreads();
@@ -288,11 +310,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtasPerSm)
   const TileIndex where(shape, blockIdx.x);
   const HeadTask task =
       params.plan.heads[static_cast<int64_t>(where.sequence) * shape.q_heads + where.head];
-  if (threadIdx.x == 0) set_context(smem.context, params, where, task);
+  const Shape own = params.plan.sizes.shape_of(where.sequence);
   const int first_query = where.tile * kTileRows;
+  if (first_query >= own.q_len) return store_empty<Traits>(params, where);
+  if (threadIdx.x == 0) set_context(smem.context, params, where, task, own);
   RowCopy<Traits>(threadIdx.x)(
       smem.query, head_pointer<Element>(params.q, where.sequence, where.head), params.q.row_stride,
-      first_query, min(kTileRows, shape.q_len - first_query));
+      first_query, min(kTileRows, own.q_len - first_query));
   cp_async_commit();
   __syncthreads();
   switch (task.kind) {

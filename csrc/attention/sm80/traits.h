@@ -18,6 +18,8 @@ template <class Element>
 struct TileContext {
   HeadTask task;
   int32_t sequence, head, tile;
+  int32_t rows;      // query rows of the tile that its sequence has, at least one
+  TileScope scope;   // their positions
   const Element* k;  // of the key/value head
   const Element* v;
   const Element* packed_k;  // of the slot

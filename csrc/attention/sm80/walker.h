@@ -32,7 +32,8 @@ struct alignas(16) Step {
 
 constexpr int kMaxSteps = 128;
 
-/// Positions of a query tile's rows: first .. last - 1. Full tiles end at `end`.
+/// Positions of a query tile's rows: first .. last - 1. Full tiles end at `end`. The shape is that
+/// of the tile's sequence, and the tile has at least one row.
 struct TileScope {
   int end;
   int first;
@@ -112,7 +113,7 @@ struct SlashWalker {
  private:
   __device__ int fill_segments(const WalkerContext& at, Step* steps) {
     const TileScope& scope = at.scope;
-    const Segment* segments = at.plan.segments + int64_t{at.task.slot} * at.plan.sizes.max_offsets;
+    const Segment* segments = at.plan.segments + int64_t{at.task.slot} * at.plan.sizes.max_segments();
     const int total = at.plan.num_segments[at.task.slot];
     int count = 0;
     while (count + 32 <= kMaxSteps) {

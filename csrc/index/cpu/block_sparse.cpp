@@ -29,8 +29,9 @@ struct Scratch {
   std::vector<int32_t> picked;
 };
 
-/// Query blocks [begin, begin + count) of one head.
+/// Query blocks [begin, begin + count) of one head, all of which have rows.
 struct Item {
+  Shape shape;  // of the sequence
   Rows q;
   Rows mean_keys;  // residue r of block j at row j * residues + r
   int64_t begin;
@@ -60,11 +61,11 @@ void mean_of_residue(const Kernels& kernels, const Rows& rows, int64_t first, in
 /// s.ranks [count][kv_blocks] += mean query . mean key of one residue of the queries.
 void add_scores(const Kernels& kernels, const BlockSparseEstimate& p, const Item& item,
                 int32_t residue, int32_t kv_blocks, Scratch& s) {
-  const int32_t dim = p.shape.head_dim;
+  const int32_t dim = item.shape.head_dim;
   for (int32_t i = 0; i < item.count; ++i) {
     const int64_t q_block = item.begin + i;
     mean_of_residue(kernels, item.q, q_block * p.block,
-                    rows_of_block(q_block, p.block, p.shape.q_len), residue, item.residues, dim,
+                    rows_of_block(q_block, p.block, item.shape.q_len), residue, item.residues, dim,
                     s.means.data() + i * dim);
   }
   const Rows means{s.means.data(), dim, DType::kFloat32};
@@ -95,33 +96,32 @@ void score_blocks(const Kernels& kernels, const BlockSparseEstimate& p, const It
   s.ranks.assign(int64_t{kTileRows} * kv_blocks, 0.0f);
   for (int32_t r = 0; r < item.residues; ++r) add_scores(kernels, p, item, r, kv_blocks, s);
   for (int32_t i = 0; i < item.count; ++i) {
-    const int32_t q_rows = rows_of_block(item.begin + i, p.block, p.shape.q_len);
+    const int32_t q_rows = rows_of_block(item.begin + i, p.block, item.shape.q_len);
     float* out = s.ranks.data() + int64_t{i} * kv_blocks;
     for (int32_t j = 0; j < kv_blocks; ++j) {
       const int32_t pairs = std::min(item.residues, q_rows) - item.residues +
-                            std::min(item.residues, rows_of_block(j, p.block, p.shape.kv_len));
+                            std::min(item.residues, rows_of_block(j, p.block, item.shape.kv_len));
       out[j] = pairs > 0 ? rank_of(out[j] / static_cast<float>(pairs)) : 0.0f;
     }
   }
 }
 
-/// Marks the best blocks of one query block in `mask` [kv_blocks].
-void select(const BlockSparseEstimate& p, int64_t q_block, int32_t top_k, int32_t share,
-            int32_t kv_blocks, float* ranks, uint8_t* mask, std::vector<int32_t>* picked) {
-  const int64_t history = int64_t{p.shape.kv_len} - p.shape.q_len;
-  const int64_t first = q_block * p.block + history;
-  const int64_t last = std::min<int64_t>((q_block + 1) * p.block, p.shape.q_len) - 1 + history;
-  const int32_t forced = static_cast<int32_t>(first / p.block);
-  const int32_t candidates = static_cast<int32_t>(last / p.block) + 1;
+/// Marks the best blocks of one query block in `mask`, which is all zeros.
+void select(const Shape& shape, int32_t block, int64_t q_block, int32_t top_k, int32_t share,
+            float* ranks, uint8_t* mask, std::vector<int32_t>* picked) {
+  const int64_t history = int64_t{shape.kv_len} - shape.q_len;
+  const int64_t first = q_block * block + history;
+  const int64_t last = std::min<int64_t>((q_block + 1) * block, shape.q_len) - 1 + history;
+  const int32_t forced = static_cast<int32_t>(first / block);
+  const int32_t candidates = static_cast<int32_t>(last / block) + 1;
   const float forced_score = ranks[forced];
   ranks[forced] = kForced;
   pick_largest(ranks, candidates, top_k, picked);
   if (share > 0) {
     ranks[forced] = forced_score;
-    const float scale = 1.44269504f / std::sqrt(static_cast<float>(p.shape.head_dim));
+    const float scale = 1.44269504f / std::sqrt(static_cast<float>(shape.head_dim));
     cut_to_share(ranks, candidates, forced, scale, share, picked);
   }
-  std::fill_n(mask, kv_blocks, uint8_t{0});
   for (int32_t j : *picked) mask[j] = 1;
 }
 
@@ -135,8 +135,8 @@ Status estimate_block_sparse(const BlockSparseEstimate& p, const ParallelFor& pa
   if (p.block < 1) return {1, "block: expected >= 1"};
   const Kernels& kernels = select_kernels();
   const int32_t dim = shape.head_dim;
-  const int32_t q_blocks = (shape.q_len + p.block - 1) / p.block;
-  const int32_t kv_blocks = (shape.kv_len + p.block - 1) / p.block;
+  const auto blocks_of = [&p](int32_t length) { return (length + p.block - 1) / p.block; };
+  const int32_t q_blocks = blocks_of(shape.q_len), kv_blocks = blocks_of(shape.kv_len);
 
   const int64_t kv_heads = int64_t{shape.batch} * shape.kv_heads;
   const int32_t residues = std::max(1, p.stride);
@@ -145,10 +145,13 @@ Status estimate_block_sparse(const BlockSparseEstimate& p, const ParallelFor& pa
   for_each_item<NoScratch>(parallel_for, kv_heads * kv_blocks, [&](int64_t i, NoScratch&) {
     const int64_t head = i / kv_blocks;
     const int64_t block = i % kv_blocks;
+    const int32_t kv_len = sequence_shape(shape, p.lengths, head / shape.kv_heads).kv_len;
+    const int32_t rows = rows_of_block(block, p.block, kv_len);
+    if (rows <= 0) return;
     const Rows k = rows_of_head(p.k, p.dtype, head / shape.kv_heads, head % shape.kv_heads, 0);
     for (int32_t r = 0; r < residues; ++r) {
-      mean_of_residue(kernels, k, block * p.block, rows_of_block(block, p.block, shape.kv_len), r,
-                      residues, dim, mean_keys.data() + (i * residues + r) * dim);
+      mean_of_residue(kernels, k, block * p.block, rows, r, residues, dim,
+                      mean_keys.data() + (i * residues + r) * dim);
     }
   });
 
@@ -162,16 +165,25 @@ Status estimate_block_sparse(const BlockSparseEstimate& p, const ParallelFor& pa
     const int32_t q_head = p.head_ids == nullptr ? ordinal : p.head_ids[ordinal];
     const int64_t kv_head = sequence * shape.kv_heads + q_head / shape.group();
     const int64_t begin = i % groups * kTileRows;
-    const Item item{rows_of_head(p.q, p.dtype, sequence, q_head, 0),
-                    Rows{mean_keys.data() + kv_head * head_means, dim, DType::kFloat32}, begin,
-                    static_cast<int32_t>(std::min<int64_t>(kTileRows, q_blocks - begin)), residues};
-    score_blocks(kernels, p, item, kv_blocks, s);
+    uint8_t* mask = p.block_mask + (head * q_blocks + begin) * kv_blocks;
+    std::fill_n(mask, std::min<int64_t>(kTileRows, q_blocks - begin) * kv_blocks, uint8_t{0});
+
+    const Shape own = sequence_shape(shape, p.lengths, sequence);
+    const int64_t own_rows = std::min<int64_t>(kTileRows, blocks_of(own.q_len) - begin);
+    if (own_rows <= 0) return;
+    const int32_t own_columns = blocks_of(own.kv_len);
+    const Item item{own,
+                    rows_of_head(p.q, p.dtype, sequence, q_head, 0),
+                    Rows{mean_keys.data() + kv_head * head_means, dim, DType::kFloat32},
+                    begin,
+                    static_cast<int32_t>(own_rows),
+                    residues};
+    score_blocks(kernels, p, item, own_columns, s);
     const int32_t top_k = p.top_k == nullptr ? p.max_top_k : p.top_k[ordinal];
     const int32_t share = p.shares == nullptr ? p.share : p.shares[ordinal];
     for (int32_t r = 0; r < item.count; ++r) {
-      select(p, begin + r, std::min(top_k, p.max_top_k), share, kv_blocks,
-             s.ranks.data() + int64_t{r} * kv_blocks,
-             p.block_mask + (head * q_blocks + begin + r) * kv_blocks, &s.picked);
+      select(own, p.block, begin + r, std::min(top_k, p.max_top_k), share,
+             s.ranks.data() + int64_t{r} * own_columns, mask + int64_t{r} * kv_blocks, &s.picked);
     }
   });
   return {};

@@ -132,11 +132,12 @@ Status estimate_vertical_slash(const VerticalSlashEstimate& p, const ParallelFor
   const int64_t items = int64_t{shape.batch} * p.heads;
   for_each_item<Scratch>(parallel_for, items, [&](int64_t item, Scratch& s) {
     const int64_t sequence = item / p.heads;
+    const Shape own = sequence_shape(shape, p.lengths, sequence);
     const int32_t ordinal = static_cast<int32_t>(item % p.heads);
     const int32_t q_head = p.head_ids == nullptr ? ordinal : p.head_ids[ordinal];
-    const int32_t rows = std::min(p.last_q, shape.q_len);
+    const int32_t rows = std::min(p.last_q, own.q_len);
     const Head head{
-        rows_of_head(p.q, p.dtype, sequence, q_head, shape.q_len - rows),
+        rows_of_head(p.q, p.dtype, sequence, q_head, own.q_len - rows),
         rows_of_head(p.k, p.dtype, sequence, q_head / shape.group(), 0),
         rows,
     };
@@ -146,22 +147,22 @@ Status estimate_vertical_slash(const VerticalSlashEstimate& p, const ParallelFor
     const int32_t num_offsets = p.num_offsets == nullptr ? p.max_offsets : p.num_offsets[ordinal];
     const int32_t share = p.shares == nullptr ? p.share : p.shares[ordinal];
     if (share > 0) {
-      ShareLimits limits{shape.kv_len, rows, 0, 0, 0, 0, share};
-      limits.columns = std::min({num_columns, p.max_columns, shape.kv_len});
-      limits.offsets = std::min({num_offsets, p.max_offsets, shape.kv_len});
+      ShareLimits limits{own.kv_len, rows, 0, 0, 0, 0, share};
+      limits.columns = std::min({num_columns, p.max_columns, own.kv_len});
+      limits.offsets = std::min({num_offsets, p.max_offsets, own.kv_len});
       limits.sink = std::min(p.sink, limits.columns);
       limits.local = std::min(p.local, limits.offsets);
-      sum_masses(kernels, shape, p.scale, head, {limits.sink, limits.local}, s);
+      sum_masses(kernels, own, p.scale, head, {limits.sink, limits.local}, s);
       select_by_share(s.columns.data(), s.offsets.data() + kOffsetBase, limits, &s.share, &s.picked,
                       &s.picked_offsets);
       write_list(&s.picked, p.max_columns, columns);
       write_list(&s.picked_offsets, p.max_offsets, offsets);
       return;
     }
-    sum_masses(kernels, shape, p.scale, head, {0, 0}, s);
-    select(s.columns.data(), shape.kv_len, p.sink, num_columns, p.max_columns, columns, &s.picked);
-    select(s.offsets.data() + kOffsetBase, shape.kv_len, p.local, num_offsets, p.max_offsets,
-           offsets, &s.picked);
+    sum_masses(kernels, own, p.scale, head, {0, 0}, s);
+    select(s.columns.data(), own.kv_len, p.sink, num_columns, p.max_columns, columns, &s.picked);
+    select(s.offsets.data() + kOffsetBase, own.kv_len, p.local, num_offsets, p.max_offsets, offsets,
+           &s.picked);
   });
   return {};
 }

@@ -21,16 +21,18 @@ __global__ void __launch_bounds__(kMeanThreads)
   const int64_t cta = blockIdx.x - (is_query ? 0 : query_ctas);
   const int blocks = is_query ? job.q_blocks : job.kv_blocks;
   const int heads = is_query ? in.heads : shape.kv_heads;
-  const int length = is_query ? shape.q_len : shape.kv_len;
   const View& view = is_query ? in.q : in.k;
 
   const int block = static_cast<int>(cta % blocks);
   const int64_t row = cta / blocks;
   const int ordinal = static_cast<int>(row % heads);
   if (is_query && in.strides != nullptr && in.strides[ordinal] != in.stride) return;
+  const Shape own = sequence_shape(shape, in.lengths, row / heads);
+  const int length = is_query ? own.q_len : own.kv_len;
   const int64_t head = is_query ? listed_head(in.head_ids, ordinal) : ordinal;
   const int64_t first = static_cast<int64_t>(block) * in.block;
-  const int count = min(in.block, static_cast<int>(length - first));
+  const int count = static_cast<int>(min(static_cast<int64_t>(in.block), length - first));
+  if (count <= 0) return;  // past the sequence's end: nobody reads this mean
 
   const int dim = shape.head_dim, pieces = dim / 8, rows_at_once = kMeanThreads / pieces;
   const int piece = threadIdx.x % pieces, lane_row = threadIdx.x / pieces;

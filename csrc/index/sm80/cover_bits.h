@@ -2,7 +2,8 @@
 // what the device runs.
 //
 // Offset o covers the distances [o, o + 64). Runs are the maximal intervals of covered distances;
-// a run is cut into segments of 64 from its near end, the last one may be shorter.
+// a run is cut into segments of 64 from its near end, the last one may be shorter. The cover of a
+// pair of tiles is the cover and the same moved by one tile: runs of it are at least 128 long.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -25,11 +26,6 @@ __host__ __device__ inline uint32_t cover_word(uint32_t word, uint32_t before_1,
   below_highest |= below_highest >> 16;
   below_highest >>= 1;
   return before_1 != 0 ? ~0u : from_lowest | below_highest;
-}
-
-/// Whether the last distance of the word before is covered.
-__host__ __device__ inline bool covered_before(uint32_t before_1, uint32_t before_2) {
-  return (before_1 | before_2) != 0;
 }
 
 /// The part of a word that lies below `span`; `first` is the word's first distance.
@@ -63,15 +59,18 @@ __host__ __device__ inline int32_t run_cut(uint32_t cover, bool before, int32_t 
   return (~cover & up_to_bit) == 0 ? first + static_cast<int32_t>(bit) : -1;
 }
 
-/// Covered distances in a row from `distance` on, at most 64. `cover` has `words` words.
-__host__ __device__ inline int32_t segment_count(const uint32_t* cover, int32_t words,
-                                                 int32_t distance) {
-  const int32_t word = distance / 32, bit = distance % 32;
-  const uint32_t low = cover[word];
-  const uint32_t middle = word + 1 < words ? cover[word + 1] : 0;
-  const uint32_t high = word + 2 < words ? cover[word + 2] : 0;
-  uint64_t bits = (static_cast<uint64_t>(middle) << 32 | low) >> bit;
-  if (bit != 0) bits |= static_cast<uint64_t>(high) << (64 - bit);
+/// Distances [first, first + 64) of a bitmap given word by word; `first` may be negative. `word_at`
+/// is 0 outside the bitmap.
+template <class WordAt>
+__host__ __device__ inline uint64_t bits_from(const WordAt& word_at, int32_t first) {
+  const int32_t word = first >> 5, shift = first & 31;
+  uint64_t bits = static_cast<uint64_t>(word_at(word + 1)) << 32 | word_at(word);
+  if (shift == 0) return bits;
+  return bits >> shift | static_cast<uint64_t>(word_at(word + 2)) << (64 - shift);
+}
+
+/// How many of the lowest bits are set in a row.
+__host__ __device__ inline int32_t trailing_ones(uint64_t bits) {
   const uint32_t gap_low = ~static_cast<uint32_t>(bits);
   const uint32_t gap_high = ~static_cast<uint32_t>(bits >> 32);
   if (gap_low != 0) return lowest_bit(gap_low);

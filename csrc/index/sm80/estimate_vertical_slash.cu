@@ -25,8 +25,6 @@ int64_t align(int64_t value, int64_t to) { return cuda::ceil_div(value, to) * to
 size_t lay_out(VerticalSlashJob& job, void* workspace) {
   const Shape& shape = job.in.shape;
   const int64_t all_units = static_cast<int64_t>(shape.batch) * shape.kv_heads;
-  job.query_rows = std::min(job.in.last_q, shape.q_len);
-  job.origin = shape.kv_len - job.query_rows;
   job.mass_stride = align(shape.kv_len, 64);
   job.max_chunks = static_cast<int32_t>(
       std::min<int64_t>(kMaxChunks, cuda::ceil_div(shape.kv_len, kMinChunkKeys)));

@@ -100,13 +100,13 @@ struct Masses {
   /// Where a share is asked for, the masses leave out what the forced columns and offsets hold.
   __device__ __forceinline__ void hide_forced() {
     const VerticalSlashEstimate& in = job.in;
-    int late = job.origin, sink = 0;
+    int late = scope.own.origin, sink = 0;
     const int ordinal = listed_ordinal(in.head_ids, in.heads, scope.head);
     if (ordinal >= 0 && share_of(in.shares, ordinal, in.share) > 0) {
       const int columns = budget_of(in.num_columns, ordinal, in.max_columns);
       const int offsets = budget_of(in.num_offsets, ordinal, in.max_offsets);
       sink = min(in.sink, columns);
-      late -= min(min(in.local, offsets), in.shape.kv_len);
+      late -= min(min(in.local, offsets), scope.own.kv_len);
     }
     if (lane == 0) {
       shared.late = late;
@@ -137,7 +137,7 @@ struct Masses {
     float sum = odd ? high : low;
     sum += __shfl_xor_sync(cuda::kFullWarp, odd ? low : high, 1);
     const int column = key + 8 * t + g;
-    if (column < job.in.shape.kv_len) job.column_mass[scope.row * job.mass_stride + column] = sum;
+    if (column < scope.own.kv_len) job.column_mass[scope.row * job.mass_stride + column] = sum;
   }
 
   __device__ __forceinline__ void write_diagonals(int step) {
@@ -169,8 +169,8 @@ struct Masses {
     if (diagonal >= 0 && scope.chunk > 0) {
       job.spill[(scope.row * job.max_chunks + scope.chunk) * 64 + diagonal] = sum;
     } else {
-      const int offset = job.origin - scope.first_key + diagonal;
-      if (offset >= 0 && offset < job.in.shape.kv_len) {
+      const int offset = scope.own.origin - scope.first_key + diagonal;
+      if (offset >= 0 && offset < scope.own.kv_len) {
         job.offset_mass[scope.row * job.mass_stride + offset] = sum;
       }
     }
@@ -181,7 +181,8 @@ template <class Traits>
 __global__ void __launch_bounds__(32 * kMaxHeadsPerCta, 2)
     masses_kernel(const __grid_constant__ VerticalSlashJob job) {
   extern __shared__ __align__(128) unsigned char smem[];
-  const ChunkScope scope(job);
+  __shared__ SequenceScope own;
+  const ChunkScope scope(job, own);
   if (__syncthreads_or(scope.active) == 0) return;
   auto* arrays = reinterpret_cast<DiagonalArrays*>(smem + Traits::kRingBytes);
   Masses masses(job, scope, arrays[threadIdx.x / 32]);

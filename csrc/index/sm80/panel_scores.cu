@@ -55,6 +55,7 @@ struct PanelScope {
   int32_t ordinal;
   int32_t first_block;
   bool active;
+  Shape own;  // of the sequence
 
   __device__ PanelScope(const BlockSparseJob& job, int64_t panel) {
     slot = (job.first_panel + panel) / job.slot_panels;
@@ -62,6 +63,7 @@ struct PanelScope {
     sequence = slot / job.in.heads;
     ordinal = static_cast<int32_t>(slot % job.in.heads);
     active = job.in.strides == nullptr || job.in.strides[ordinal] == job.in.stride;
+    own = sequence_shape(job.in.shape, job.in.lengths, sequence);
   }
 };
 
@@ -76,10 +78,12 @@ __global__ void __launch_bounds__(kResidueThreads)
   const int block = static_cast<int>(blockIdx.x % job.kv_blocks);
   const int64_t head = blockIdx.x / job.kv_blocks;  // of [batch, kv_heads]
   const int64_t first = static_cast<int64_t>(block) * in.block;
+  const Shape own = sequence_shape(shape, in.lengths, head / shape.kv_heads);
+  if (first >= own.kv_len) return;
   const Element* rows = static_cast<const Element*>(in.k.data) +
                         head / shape.kv_heads * in.k.batch_stride +
                         head % shape.kv_heads * in.k.head_stride + first * in.k.row_stride;
-  write_residues(rows, in.k.row_stride, min(in.block, static_cast<int>(shape.kv_len - first)),
+  write_residues(rows, in.k.row_stride, min(in.block, static_cast<int>(own.kv_len - first)),
                  in.stride, shape.head_dim, true,
                  static_cast<Element*>(job.k_residues) + blockIdx.x * job.depth());
 }
@@ -92,13 +96,13 @@ __global__ void __launch_bounds__(kResidueThreads)
   const Shape& shape = in.shape;
   const PanelScope scope(job, blockIdx.x / kPanelBlocks);
   const int block = scope.first_block + static_cast<int>(blockIdx.x % kPanelBlocks);
-  if (!scope.active || block >= job.q_blocks) return;
-  const int64_t head = listed_head(in.head_ids, scope.ordinal);
   const int64_t first = static_cast<int64_t>(block) * in.block;
+  if (!scope.active || first >= scope.own.q_len) return;
+  const int64_t head = listed_head(in.head_ids, scope.ordinal);
   const Element* rows = static_cast<const Element*>(in.q.data) +
                         scope.sequence * in.q.batch_stride + head * in.q.head_stride +
                         first * in.q.row_stride;
-  write_residues(rows, in.q.row_stride, min(in.block, static_cast<int>(shape.q_len - first)),
+  write_residues(rows, in.q.row_stride, min(in.block, static_cast<int>(scope.own.q_len - first)),
                  in.stride, shape.head_dim, false,
                  static_cast<Element*>(job.q_residues) + blockIdx.x * job.depth());
 }
@@ -152,11 +156,11 @@ __device__ __forceinline__ void multiply_stage(const unsigned char* stage, int r
 }
 
 /// Residue pairs that two blocks have in common; the last block of a sequence may lack some.
-__device__ __forceinline__ int common_residues(const BlockSparseJob& job, int64_t q_block,
-                                               int64_t k_block) {
+__device__ __forceinline__ int common_residues(const BlockSparseJob& job, const Shape& own,
+                                               int64_t q_block, int64_t k_block) {
   const int64_t size = job.in.block, stride = job.in.stride;
-  const int64_t q_rows = job.in.shape.q_len - q_block * size;
-  const int64_t k_rows = job.in.shape.kv_len - k_block * size;
+  const int64_t q_rows = own.q_len - q_block * size;
+  const int64_t k_rows = own.kv_len - k_block * size;
   return static_cast<int>(min(stride, q_rows) + min(stride, k_rows) - stride);
 }
 
@@ -173,11 +177,13 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
   const int64_t panel = blockIdx.x / key_tiles;
   const int first_key = static_cast<int>(blockIdx.x % key_tiles) * kTileBlocks;
   const PanelScope scope(job, panel);
-  const int q_blocks = min(kPanelBlocks, job.q_blocks - scope.first_block);
+  const Shape& own = scope.own;
+  const int q_blocks = min(kPanelBlocks, (own.q_len + in.block - 1) / in.block - scope.first_block);
+  if (!scope.active || q_blocks <= 0) return;
   const int64_t end_row = min(static_cast<int64_t>(scope.first_block + q_blocks) * in.block,
-                              static_cast<int64_t>(shape.q_len));
-  const int64_t end_position = end_row + shape.kv_len - shape.q_len;
-  if (!scope.active || static_cast<int64_t>(first_key) * in.block >= end_position) return;
+                              static_cast<int64_t>(own.q_len));
+  const int64_t end_position = end_row + own.kv_len - own.q_len;
+  if (static_cast<int64_t>(first_key) * in.block >= end_position) return;
 
   const int depth = static_cast<int>(job.depth());
   const int64_t kv_head = listed_head(in.head_ids, scope.ordinal) / shape.group();
@@ -186,7 +192,7 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
       static_cast<const Element*>(job.q_residues) + panel * kPanelBlocks * depth;
   const Element* keys =
       static_cast<const Element*>(job.k_residues) + (k_row * job.kv_blocks + first_key) * depth;
-  const int k_blocks = min(kTileBlocks, job.kv_blocks - first_key);
+  const int k_blocks = min(kTileBlocks, (own.kv_len + in.block - 1) / in.block - first_key);
   const int steps = depth / kStepElements;
   const auto load = [&](int step, int stage) {
     unsigned char* to = ring + stage * kStageBytes;
@@ -226,7 +232,8 @@ __global__ void __launch_bounds__(kScoreThreads, 2)
         float score[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int pairs = common_residues(job, scope.first_block + block, first_key + at + i);
+          const int pairs =
+              common_residues(job, own, scope.first_block + block, first_key + at + i);
           score[i] = pairs > 0 ? sums[m][n][2 * half + i] / static_cast<float>(pairs) : 0.f;
         }
         *reinterpret_cast<float2*>(out + at) = make_float2(score[0], score[1]);

@@ -36,7 +36,7 @@ Plan carve(const PlanSizes& sizes, Carver& carver) {
   const size_t bs_slots = batch * sizes.bs_heads;
   const size_t cover_words = vs_slots * sizes.cover_words();
   const size_t element = sizes.dtype == DType::kFloat32 ? 4 : 2;
-  const size_t packed_bytes = vs_slots * sizes.max_columns * shape.head_dim * element;
+  const size_t packed_bytes = vs_slots * sizes.packed_rows() * shape.head_dim * element;
   // Without block-sparse heads block_q and block_kv may be zero.
   const size_t block_words =
       sizes.bs_heads == 0 ? 0 : bs_slots * sizes.q_blocks() * sizes.block_words();
@@ -52,13 +52,17 @@ Plan carve(const PlanSizes& sizes, Carver& carver) {
   plan.bs_stride = carver.take<int32_t>(sizes.bs_heads);
   plan.num_segments = carver.take<int32_t>(vs_slots);
   plan.num_columns = carver.take<int32_t>(vs_slots);
-  plan.segments = carver.take<Segment>(vs_slots * sizes.max_offsets);
+  plan.segments = carver.take<Segment>(vs_slots * sizes.max_segments());
+  plan.num_pair_segments = carver.take<int32_t>(vs_slots);
+  plan.pair_segments = carver.take<PairSegment>(vs_slots * sizes.max_pair_segments());
   plan.columns = carver.take<int32_t>(vs_slots * sizes.max_columns);
   plan.cover = carver.take<uint32_t>(cover_words);
   plan.column_bits = carver.take<uint32_t>(cover_words);
+  plan.offset_bits = carver.take<uint32_t>(cover_words);
   plan.packed_k = carver.take_bytes(packed_bytes);
   plan.packed_v = carver.take_bytes(packed_bytes);
   plan.block_bits = carver.take<uint32_t>(block_words);
+  plan.next_tile = carver.take<uint32_t>(1);
   return plan;
 }
 

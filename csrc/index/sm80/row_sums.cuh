@@ -14,12 +14,13 @@ struct RowSums {
   static constexpr float kNone = -1e30f;
 
   const VerticalSlashJob& job;
+  const SequenceScope& own;
   int g, t;
   float reference[8][2];
   float sum[8][2];
 
-  __device__ __forceinline__ explicit RowSums(const VerticalSlashJob& job)
-      : job(job), g(threadIdx.x % 32 / 4), t(threadIdx.x % 4) {
+  __device__ __forceinline__ RowSums(const VerticalSlashJob& job, const SequenceScope& own)
+      : job(job), own(own), g(threadIdx.x % 32 / 4), t(threadIdx.x % 4) {
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
 #pragma unroll
@@ -37,7 +38,7 @@ struct RowSums {
 #pragma unroll
       for (int i = 0; i < 4; ++i) scores[n][i] *= job.scale_log2;
     }
-    if (key + 15 > job.origin) hide_future(scores, key);
+    if (key + 15 > own.origin) hide_future(scores, key);
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
 #pragma unroll
@@ -85,7 +86,7 @@ struct RowSums {
     for (int n = 0; n < 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int position = job.origin + 8 * n + 2 * t + i % 2;
+        const int position = own.origin + 8 * n + 2 * t + i % 2;
         if (key + g + i / 2 * 8 > position) scores[n][i] = -INFINITY;
       }
     }
@@ -108,9 +109,10 @@ template <class Traits>
 __global__ void __launch_bounds__(32 * kMaxHeadsPerCta, 2)
     row_sums_kernel(const __grid_constant__ VerticalSlashJob job) {
   extern __shared__ __align__(128) unsigned char smem[];
-  const ChunkScope scope(job);
+  __shared__ SequenceScope own;
+  const ChunkScope scope(job, own);
   if (__syncthreads_or(scope.active) == 0) return;
-  RowSums sums(job);
+  RowSums sums(job, own);
   stream_scores<Traits>(job, scope, smem, sums);
   if (scope.active) {
     sums.finish(job.partial + (scope.row * job.max_chunks + scope.chunk) * 64);

@@ -42,6 +42,7 @@ struct StreamTraits {
 
 /// What a CTA works on; `head` differs between its warps.
 struct ChunkScope {
+  const SequenceScope& own;  // in shared memory: the streams have no registers for it
   int64_t sequence;
   int32_t kv_head;
   int32_t head;
@@ -49,9 +50,10 @@ struct ChunkScope {
   int32_t first_key;
   int32_t steps;
   int64_t row;  // of the intermediates
-  bool active;  // the warp's head exists and was asked for; uniform over the warp
+  bool active;  // the chunk has keys, the warp's head exists and was asked for; warp-uniform
 
-  __device__ explicit ChunkScope(const VerticalSlashJob& job) {
+  /// All threads of the CTA call; `shared` receives the scope of the CTA's sequence.
+  __device__ ChunkScope(const VerticalSlashJob& job, SequenceScope& shared) : own(shared) {
     const Shape& shape = job.in.shape;
     const int group = shape.q_heads / shape.kv_heads;
     const int cta = blockIdx.x;
@@ -63,10 +65,12 @@ struct ChunkScope {
     kv_head = unit % shape.kv_heads;
     head = kv_head * group + member;
     first_key = chunk * job.chunk_keys;
-    const int keys = min(job.chunk_keys, shape.kv_len - first_key);
+    if (threadIdx.x == 0) shared = sequence_scope(job, sequence);
+    __syncthreads();
+    const int keys = min(job.chunk_keys, own.kv_len - first_key);
     steps = (keys + kStepKeys - 1) / kStepKeys;
     row = static_cast<int64_t>(local_unit) * group + member;
-    active = member < group && is_listed(job.in.head_ids, job.in.heads, head);
+    active = keys > 0 && member < group && is_listed(job.in.head_ids, job.in.heads, head);
   }
 };
 
@@ -79,12 +83,11 @@ __device__ __forceinline__ void load_queries(const VerticalSlashJob& job, const 
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const View& q = job.in.q;
   const Element* base = static_cast<const Element*>(q.data) + scope.sequence * q.batch_stride +
-                        scope.head * q.head_stride +
-                        (job.in.shape.q_len - job.query_rows) * q.row_stride + 2 * t;
+                        scope.head * q.head_stride + scope.own.first_query * q.row_stride + 2 * t;
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
     const int row = 8 * n + g;
-    const bool valid = scope.active && row < job.query_rows;
+    const bool valid = scope.active && row < scope.own.query_rows;
     const Element* from = base + row * q.row_stride;
 #pragma unroll
     for (int d = 0; d < Traits::kDepth; ++d) {
@@ -98,10 +101,10 @@ __device__ __forceinline__ void load_queries(const VerticalSlashJob& job, const 
 
 /// Keys [first, first + 32) of the key/value head to a stage; keys at kv_len and beyond are zero.
 template <class Traits>
-__device__ __forceinline__ void load_keys(const VerticalSlashJob& job,
+__device__ __forceinline__ void load_keys(const VerticalSlashJob& job, const ChunkScope& scope,
                                           const typename Traits::Element* keys, int first,
                                           unsigned char* stage) {
-  const int kv_len = job.in.shape.kv_len;
+  const int kv_len = scope.own.kv_len;
 #pragma unroll 1
   for (int piece = threadIdx.x; piece < kStepKeys * Traits::kPieces; piece += blockDim.x) {
     const int row = piece / Traits::kPieces, column = piece % Traits::kPieces;
@@ -125,7 +128,7 @@ __device__ __forceinline__ void stream_scores(const VerticalSlashJob& job, const
 #pragma unroll
   for (int step = 0; step < Traits::kStages - 1; ++step) {
     if (step < scope.steps) {
-      load_keys<Traits>(job, keys, scope.first_key + step * kStepKeys,
+      load_keys<Traits>(job, scope, keys, scope.first_key + step * kStepKeys,
                         ring + step * Traits::kStageBytes);
     }
     cuda::cp_async_commit();
@@ -142,7 +145,7 @@ __device__ __forceinline__ void stream_scores(const VerticalSlashJob& job, const
     __syncthreads();
     const int ahead = step + Traits::kStages - 1;
     if (ahead < scope.steps) {
-      load_keys<Traits>(job, keys, scope.first_key + ahead * kStepKeys,
+      load_keys<Traits>(job, scope, keys, scope.first_key + ahead * kStepKeys,
                         ring + free_stage * Traits::kStageBytes);
     }
     cuda::cp_async_commit();

@@ -18,16 +18,16 @@ constexpr int kDigitBits = 8;
 constexpr size_t kMaxSharedBytes = 99 * 1024;
 
 /// Key blocks of query block `block` that start at or before its last row's position, and the one
-/// that holds its first row's position.
+/// that holds its first row's position. A block past the sequence's rows has no candidates.
 struct RowScope {
-  int32_t candidates;
-  int32_t forced;
-  __device__ RowScope(const BlockSparseJob& job, int block) {
-    const Shape& shape = job.in.shape;
-    const int size = job.in.block;
+  int32_t candidates = 0;
+  int32_t forced = -1;
+  /// `own` is the shape of the sequence.
+  __device__ RowScope(const Shape& own, int size, int block) {
     const int64_t first = static_cast<int64_t>(block) * size;
-    const int64_t last = min(first + size, static_cast<int64_t>(shape.q_len)) - 1;
-    const int past = shape.kv_len - shape.q_len;
+    const int64_t last = min(first + size, static_cast<int64_t>(own.q_len)) - 1;
+    const int past = own.kv_len - own.q_len;
+    if (last < first) return;
     candidates = static_cast<int32_t>((last + past) / size) + 1;
     forced = static_cast<int32_t>((first + past) / size);
   }
@@ -135,11 +135,14 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   if (first_row >= job.q_blocks) return;
   if (in.strides != nullptr && in.strides[ordinal] != in.stride) return;
   const int64_t kv_head = listed_head(in.head_ids, ordinal) / (shape.q_heads / shape.kv_heads);
-  const int64_t k_row = slot / in.heads * shape.kv_heads + kv_head;
+  const int64_t sequence = slot / in.heads;
+  const int64_t k_row = sequence * shape.kv_heads + kv_head;
+  const Shape own = sequence_shape(shape, in.lengths, sequence);
+  const int own_blocks = (own.q_len + in.block - 1) / in.block;
 
-  const int last_row = min(first_row + kRows, job.q_blocks) - 1;
+  const int last_row = max(first_row, min(first_row + kRows, own_blocks) - 1);
+  const int candidates = RowScope(own, in.block, last_row).candidates;
   if (is_scored) {
-    const int candidates = RowScope(job, last_row).candidates;
     for (int row = 0; row <= last_row - first_row; ++row) {
       const float* from = job.scores + (group * kPanelBlocks + group_row + row) * job.mean_stride;
       float* to = scores + row * job.mean_stride;
@@ -149,33 +152,33 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     for (int i = threadIdx.x; i < kRows * dim; i += kBlockThreads) {
       const int row = first_row + i / dim;
       queries[i % dim * kRows + i / dim] =
-          row < job.q_blocks ? job.q_means[(slot * job.q_blocks + row) * dim + i % dim] : 0.f;
+          row < own_blocks ? job.q_means[(slot * job.q_blocks + row) * dim + i % dim] : 0.f;
     }
     __syncthreads();
-    score_rows<kRows>(job, job.k_means + k_row * dim * job.mean_stride, queries,
-                      RowScope(job, last_row).candidates, scores);
+    score_rows<kRows>(job, job.k_means + k_row * dim * job.mean_stride, queries, candidates,
+                      scores);
   }
   __syncthreads();
 
   const int row = first_row + Team::index();
   if (row >= job.q_blocks) return;
-  const RowScope scope(job, row);
+  const RowScope scope(own, in.block, row);
   const float* row_scores = scores + Team::index() * job.mean_stride;
   const auto key_at = [row_scores, scope](int32_t i) {
     return i == scope.forced ? kForcedKey : order_key(row_scores[i]);
   };
   const int32_t k = min(budget_of(in.top_k, ordinal, in.max_top_k), scope.candidates);
-  Scratch& own = scratch[Team::index()];
-  Threshold threshold = find_threshold<Team, kDigitBits>(scope.candidates, k, key_at, own);
+  Scratch& team = scratch[Team::index()];
+  Threshold threshold = find_threshold<Team, kDigitBits>(scope.candidates, k, key_at, team);
   const int32_t share = share_of(in.shares, ordinal, in.share);
-  if (share > 0) {
+  if (share > 0 && scope.candidates > 0) {
     // Behind the scores; both are multiples of 8 bytes long.
     auto* cut = reinterpret_cast<RowCutScratch<Team>*>(scores + kRows * job.mean_stride);
     threshold = cut_to_share<Team>(row_scores, scope.candidates, scope.forced, threshold,
                                    rsqrtf(static_cast<float>(dim)) * 1.44269504f, share,
                                    cut[Team::index()]);
   }
-  write_row<Team>(job, slot * job.q_blocks + row, scope, threshold, key_at, own.scan);
+  write_row<Team>(job, slot * job.q_blocks + row, scope, threshold, key_at, team.scan);
 }
 
 namespace {

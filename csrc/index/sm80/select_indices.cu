@@ -27,14 +27,16 @@ __global__ void __launch_bounds__(kNormalizerThreads)
   const Shape& shape = job.in.shape;
   const int group = shape.q_heads / shape.kv_heads;
   const int64_t row = blockIdx.x;
-  const int kv_head = static_cast<int>((job.first_unit + row / group) % shape.kv_heads);
+  const int64_t unit = job.first_unit + row / group;
+  const int kv_head = static_cast<int>(unit % shape.kv_heads);
   const int head = kv_head * group + static_cast<int>(row % group);
   if (!is_listed(job.in.head_ids, job.in.heads, head)) return;
 
+  const SequenceScope own = sequence_scope(job, unit / shape.kv_heads);
   const int query = threadIdx.x % 64, part = threadIdx.x / 64;
   const float2* partial = job.partial + row * job.max_chunks * 64 + query;
   float2 sum = make_float2(-1e30f, 0.f);
-  for (int chunk = part; chunk < job.chunks; chunk += kParts) {
+  for (int chunk = part; chunk < own.chunks; chunk += kParts) {
     sum = add_partials(sum, partial[chunk * 64]);
   }
   parts[part][query] = sum;
@@ -43,7 +45,7 @@ __global__ void __launch_bounds__(kNormalizerThreads)
 #pragma unroll
   for (int i = 1; i < kParts; ++i) sum = add_partials(sum, parts[i][query]);
   job.normalizer[row * 64 + query] =
-      query < job.query_rows && sum.y != 0.f ? sum.x + log2f(sum.y) : INFINITY;
+      query < own.query_rows && sum.y != 0.f ? sum.x + log2f(sum.y) : INFINITY;
 }
 
 Status launch_normalizers(const VerticalSlashJob& job, cudaStream_t stream) {
@@ -134,14 +136,15 @@ __global__ void __launch_bounds__(SelectTeam::kThreads)
   float* mass = (is_offsets ? job.offset_mass : job.column_mass) + row * job.mass_stride;
   int32_t* out = (is_offsets ? in.offsets : in.columns) + entry * limit;
   const int32_t budget = budget_of(is_offsets ? in.num_offsets : in.num_columns, ordinal, limit);
-  const int32_t n = shape.kv_len;
+  const SequenceScope own = sequence_scope(job, sequence);
+  const int32_t n = own.kv_len;
   const int32_t k = min(budget, n);
 
   if (is_offsets) {
     // Diagonals 0 .. 63 of chunk c >= 1; chunks are longer than 64, so no two meet.
     const float* spill = job.spill + row * job.max_chunks * 64;
-    for (int i = 64 + SelectTeam::rank(); i < job.chunks * 64; i += SelectTeam::kThreads) {
-      const int offset = job.origin - i / 64 * job.chunk_keys + i % 64;
+    for (int i = 64 + SelectTeam::rank(); i < own.chunks * 64; i += SelectTeam::kThreads) {
+      const int offset = own.origin - i / 64 * job.chunk_keys + i % 64;
       if (offset >= 0) mass[offset] += spill[i];
     }
     SelectTeam::sync();

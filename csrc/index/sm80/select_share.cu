@@ -18,14 +18,19 @@ constexpr int kRunsPerCta = kRunThreads / 32;
 using ShareTeam = cuda::Team<16>;
 
 /// What chunk c >= 1 adds to the offset, see masses.cuh.
-__device__ __forceinline__ float spilled_mass(const VerticalSlashJob& job, int64_t row,
-                                              int32_t offset) {
-  const int64_t keys = static_cast<int64_t>(job.origin) - offset;
+__device__ __forceinline__ float spilled_mass(const VerticalSlashJob& job, const SequenceScope& own,
+                                              int64_t row, int32_t offset) {
+  const int64_t keys = static_cast<int64_t>(own.origin) - offset;
   if (keys <= 0) return 0.f;
   const int64_t chunk = (keys + job.chunk_keys - 1) / job.chunk_keys;
   const int64_t diagonal = chunk * job.chunk_keys - keys;
-  if (chunk >= job.chunks || diagonal >= 64) return 0.f;
+  if (chunk >= own.chunks || diagonal >= 64) return 0.f;
   return job.spill[(row * job.max_chunks + chunk) * 64 + diagonal];
+}
+
+/// Runs of a sequence; rows of the intermediates have job.runs entries.
+__device__ __forceinline__ int32_t runs_of(const SequenceScope& own) {
+  return own.kv_len / index::kRunOffsets + (own.kv_len % index::kRunOffsets != 0);
 }
 
 }  // namespace
@@ -38,10 +43,12 @@ __global__ void __launch_bounds__(kRunThreads)
   const int group = shape.q_heads / shape.kv_heads;
   const int64_t row = blockIdx.x / ctas_per_row;
   const int run = static_cast<int>(blockIdx.x % ctas_per_row) * kRunsPerCta + threadIdx.x / 32;
-  const int kv_head = static_cast<int>((job.first_unit + row / group) % shape.kv_heads);
+  const int64_t unit = job.first_unit + row / group;
+  const int kv_head = static_cast<int>(unit % shape.kv_heads);
   const int head = kv_head * group + static_cast<int>(row % group);
   const int ordinal = listed_ordinal(in.head_ids, in.heads, head);
-  if (run >= job.runs || ordinal < 0 || share_of(in.shares, ordinal, in.share) <= 0) return;
+  const SequenceScope own = sequence_scope(job, unit / shape.kv_heads);
+  if (run >= runs_of(own) || ordinal < 0 || share_of(in.shares, ordinal, in.share) <= 0) return;
 
   const float* column_mass = job.column_mass + row * job.mass_stride;
   const float* offset_mass = job.offset_mass + row * job.mass_stride;
@@ -49,8 +56,8 @@ __global__ void __launch_bounds__(kRunThreads)
 #pragma unroll
   for (int i = 0; i < index::kRunOffsets / 32; ++i) {
     const int64_t at = static_cast<int64_t>(run) * index::kRunOffsets + 32 * i + threadIdx.x % 32;
-    if (at < shape.kv_len) {
-      const float spilled = spilled_mass(job, row, static_cast<int32_t>(at));
+    if (at < own.kv_len) {
+      const float spilled = spilled_mass(job, own, row, static_cast<int32_t>(at));
       columns += index::fixed_mass(column_mass[at]);
       offsets += index::fixed_mass(offset_mass[at] + spilled);
     }
@@ -185,24 +192,25 @@ __global__ void __launch_bounds__(ShareTeam::kThreads, 1)
   const int64_t row = (unit - job.first_unit) * group + head % group;
 
   const int rank = ShareTeam::rank();
-  const int32_t n = shape.kv_len, runs = job.runs;
+  const SequenceScope own = sequence_scope(job, sequence);
+  const int32_t n = own.kv_len, runs = runs_of(own);
   const int32_t num_columns = min(budget_of(in.num_columns, ordinal, in.max_columns), n);
   const int32_t num_offsets = min(budget_of(in.num_offsets, ordinal, in.max_offsets), n);
   const int32_t forced_columns = min(in.sink, num_columns);
   const int32_t forced_offsets = min(in.local, num_offsets);
   int32_t* columns = in.columns + entry * in.max_columns;  // num_columns are listed
   const float* column_mass = job.column_mass + row * job.mass_stride;
-  const float* run_mass = job.run_mass + row * runs;
-  int32_t* run_list = job.run_list + row * runs;
+  const float* run_mass = job.run_mass + row * job.runs;
+  int32_t* run_list = job.run_list + row * job.runs;
 
   unsigned long long column_total = 0, run_total = 0;
   for (int i = rank; i < runs; i += ShareTeam::kThreads) {
-    column_total += job.column_sum[row * runs + i];
+    column_total += job.column_sum[row * job.runs + i];
     run_total += index::fixed_mass(run_mass[i]);
   }
   column_total = team_sum(column_total, scratch.scan);
   run_total = team_sum(run_total, scratch.scan);
-  const index::Coverage coverage(column_total, run_total, job.query_rows, share);
+  const index::Coverage coverage(column_total, run_total, own.query_rows, share);
 
   const int32_t room = min((num_offsets - forced_offsets) / index::kRunOffsets, runs);
   const auto run_key = [run_mass](int32_t j) { return mass_key(run_mass[j]); };

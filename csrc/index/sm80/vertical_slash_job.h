@@ -19,14 +19,11 @@ constexpr int kMaxChunks = 1024;
 constexpr int kMaxHeadsPerCta = 4;
 
 /// A unit is one key/value head of one sequence; a row of the intermediates belongs to one of its
-/// query heads: row = (unit - first_unit) * group + head % group. Offsets are counted from the
-/// first query row used, at position `origin`.
+/// query heads: row = (unit - first_unit) * group + head % group.
 struct VerticalSlashJob {
   VerticalSlashEstimate in;
   int32_t first_unit;
   int32_t units;
-  int32_t query_rows;     // min(last_q, q_len)
-  int32_t origin;         // kv_len - query_rows
   int32_t heads_per_cta;  // 1, 2 or 4
   int32_t ctas_per_chunk;
   int32_t chunk_keys;  // multiple of kStepKeys, at least kMinChunkKeys
@@ -51,6 +48,24 @@ struct VerticalSlashJob {
     return static_cast<int64_t>(units) * (in.shape.q_heads / in.shape.kv_heads);
   }
 };
+
+/// What the estimate reads of one sequence. Offsets are counted from the first query row used, at
+/// position `origin`. A sequence without query rows has no keys: kv_len is 0.
+struct SequenceScope {
+  int32_t kv_len;
+  int32_t first_query;  // of the query rows used
+  int32_t query_rows;   // min(last_q, q_len)
+  int32_t origin;       // kv_len - query_rows
+  int32_t chunks;       // that hold keys of it
+};
+
+__host__ __device__ inline SequenceScope sequence_scope(const VerticalSlashJob& job,
+                                                        int64_t sequence) {
+  const Shape own = sequence_shape(job.in.shape, job.in.lengths, sequence);
+  const int32_t rows = job.in.last_q < own.q_len ? job.in.last_q : own.q_len;
+  return {own.kv_len, own.q_len - rows, rows, own.kv_len - rows,
+          own.kv_len / job.chunk_keys + (own.kv_len % job.chunk_keys != 0)};
+}
 
 /// First pass over the keys: fills `partial`. Instantiated in inst/ for head_dim 64, 96, 128.
 template <int kHeadDim>

@@ -1,0 +1,67 @@
+// The Hopper attention kernel: a persistent CTA of one producer and two consumer warpgroups.
+//
+// Barriers, with the arrivals that end a phase:
+//   keys_full, values_full   1: the loader, with the bytes of the copy
+//   keys_free, values_free   8: every consumer warp, once it has read the stage; the loader in
+//   place
+//                            of the consumers that do not own the box
+//   round_full / round_free  1: the dealer / 8: every consumer warp
+//   query_full / query_free  1: the key loader / 8: every consumer warp, its rows in registers
+//   tile_full / tile_free    1: the planner / 10: both loaders and every consumer warp
+//   batch_full / batch_free  1: the planner / 3: the loaders and the dealer
+// Named barriers 1 and 2, 256 threads: the turns of the consumers (consumer.h).
+#pragma once
+
+#include "attention/sm90/consumer.h"
+#include "attention/sm90/producer.h"
+
+namespace sparseattn::sm90 {
+
+template <class Storage>
+__device__ __forceinline__ void init_barriers(Storage& smem) {
+  constexpr int kReaders = kConsumers * kConsumerWarps;
+  for (auto& barrier : smem.keys_full) barrier.init(1);
+  for (auto& barrier : smem.keys_free) barrier.init(kReaders);
+  for (auto& barrier : smem.values_full) barrier.init(1);
+  for (auto& barrier : smem.values_free) barrier.init(kReaders);
+  smem.query_full.init(1);
+  smem.query_free.init(kReaders);
+  for (auto& barrier : smem.round_full) barrier.init(1);
+  for (auto& barrier : smem.round_free) barrier.init(kReaders);
+  for (int i = 0; i < 2; ++i) {
+    smem.tile_full[i].init(1);
+    smem.tile_free[i].init(kReaders + 2);
+    smem.batch_full[i].init(1);
+    smem.batch_free[i].init(3);
+  }
+  cuda::fence_barrier_init();
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    attention_kernel(const __grid_constant__ AttentionParams params,
+                     const __grid_constant__ TensorMaps maps, uint32_t tiles) {
+  extern __shared__ __align__(1024) unsigned char smem_bytes[];
+  auto& smem = *reinterpret_cast<typename Traits::SharedStorage*>(smem_bytes);
+  const int warp = threadIdx.x / 32;
+  if (threadIdx.x == 0) init_barriers(smem);
+  __syncthreads();
+  if (warp < 4) {
+    cuda::lower_registers<Traits::kProducerRegisters>();
+    const int lane = threadIdx.x % 32;
+    if (warp == 0) {
+      Planner<Traits>(params, smem, lane).run(tiles);
+    } else if (warp == 1) {
+      Loader<Traits, true>(params, maps, smem, lane).run();
+    } else if (warp == 2) {
+      Loader<Traits, false>(params, maps, smem, lane).run();
+    } else {
+      Dealer<Traits>(smem, lane).run();
+    }
+  } else {
+    cuda::raise_registers<Traits::kConsumerRegisters>();
+    Consumer<Traits>(params, smem, warp / 4 - 1, threadIdx.x % 128).run();
+  }
+}
+
+}  // namespace sparseattn::sm90

@@ -1,0 +1,79 @@
+// Online softmax over the rows of a consumer warpgroup: each thread holds a quarter of the scores
+// of two rows, lane / 4 and lane / 4 + 8 of its warp's 16.
+#pragma once
+
+#include <cmath>
+#include <cute/tensor.hpp>
+
+#include "common/cuda/ptx.cuh"
+
+namespace sparseattn::sm90 {
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 2);
+  return x + __shfl_xor_sync(~0u, x, 1);
+}
+
+/// Fragments are accumulators, element 4 n + 2 row + c: column 8 n + 2 (lane % 4) + c.
+struct OnlineSoftmax {
+  float max[2];  // of the raw scores
+  float sum[2];  // this thread's share, relative to max
+
+  __device__ __forceinline__ void reset() {
+    max[0] = max[1] = -INFINITY;
+    sum[0] = sum[1] = 0.f;
+  }
+
+  /// Turns scores into probabilities. `rescale` receives the factors from the old maxima to the new
+  /// ones, exactly 1 where a maximum stays: a rounding error here would compound over the thousands
+  /// of steps of a long row. Returns whether any row of the warp needs them.
+  template <class Scores>
+  __device__ __forceinline__ bool step(Scores& scores, float scale_log2, float (&rescale)[2]) {
+    constexpr int kTiles = decltype(cute::size(scores))::value / 4;
+    // Two chains a row, and both rows at once: one chain alone would wait on its own latency.
+    float high[2][2] = {{max[0], max[0]}, {max[1], max[1]}};
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        high[row][n % 2] =
+            fmaxf(high[row][n % 2], fmaxf(scores(4 * n + 2 * row), scores(4 * n + 2 * row + 1)));
+      }
+    }
+    float top[2] = {fmaxf(high[0][0], high[0][1]), fmaxf(high[1][0], high[1][1])};
+#pragma unroll
+    for (int lanes = 2; lanes > 0; lanes /= 2) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        top[row] = fmaxf(top[row], __shfl_xor_sync(~0u, top[row], lanes));
+      }
+    }
+    float shift[2], total[2][2] = {{0.f, 0.f}, {0.f, 0.f}};
+    bool changed = false;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      // A row that has seen nothing yet keeps -inf as its maximum; 0 stands in for it below.
+      const float safe = top[row] == -INFINITY ? 0.f : top[row];
+      shift[row] = safe * scale_log2;
+      rescale[row] = cuda::exp2_approx((max[row] - safe) * scale_log2);
+      changed = changed || rescale[row] != 1.f;
+      max[row] = top[row];
+    }
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& score = scores(4 * n + i);
+        score = cuda::exp2_approx(fmaf(score, scale_log2, -shift[i / 2]));
+        total[i / 2][i % 2] += score;
+      }
+    }
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      sum[row] = fmaf(sum[row], rescale[row], total[row][0] + total[row][1]);
+    }
+    return __any_sync(~0u, changed);
+  }
+};
+
+}  // namespace sparseattn::sm90
