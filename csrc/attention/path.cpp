@@ -17,11 +17,11 @@ Status sparse_attention(const AttentionParams& params, cudaStream_t stream) {
   int device = 0, major = 0, minor = 0;
   Status status = cuda::to_status(cudaGetDevice(&device));
   if (!status.ok()) return status;
-  status = cuda::to_status(
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  status =
+      cuda::to_status(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
   if (!status.ok()) return status;
-  status = cuda::to_status(
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  status =
+      cuda::to_status(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
   if (!status.ok()) return status;
 #ifdef SPARSEATTN_HAS_SM90
   if (attention_path(major, minor) == AttentionPath::kSm90) {

@@ -134,9 +134,8 @@ struct SlashWalker {
     const Plan& plan = at.plan;
     const int64_t slot = at.task.slot;
     const int index = cursor + at.lane, total = plan.num_segments[slot];
-    const Segment segment = index < total
-                                ? plan.segments[slot * plan.sizes.max_segments() + index]
-                                : Segment{0, 0};
+    const Segment segment =
+        index < total ? plan.segments[slot * plan.sizes.max_segments() + index] : Segment{0, 0};
     // A short segment ends a run: its box reaches back over the one before.
     const int from = max(scope.end[0] - segment.distance - segment.count, 0);
     const int to = min(scope.end[0] - segment.distance, scope.last[0]);
@@ -160,10 +159,9 @@ struct SlashWalker {
     const int index = cursor + at.lane, total = plan.num_pair_segments[slot];
     Box box{INT32_MIN, 0, {{0, 0}, {0, 0}}, kBoxRows};
     if (index < total) {
-      const PairSegment segment =
-          plan.pair_segments[slot * plan.sizes.max_pair_segments() + index];
+      const PairSegment segment = plan.pair_segments[slot * plan.sizes.max_pair_segments() + index];
       box.start = scope.end[1] - segment.far;
-      const int below = min(max(-box.start, 0), 64);                        // keys before the first
+      const int below = min(max(-box.start, 0), 64);  // keys before the first
       const int beyond = min(max(box.start + kBoxRows - scope.kv_len, 0), 64);  // ... past the last
       uint64_t inside = below < 64 && beyond < 64 ? ~uint64_t{0} << below : 0;
       inside = inside << beyond >> beyond;
@@ -244,11 +242,11 @@ struct SlashWalker {
 /// row (blocks of 128 queries) they share all boxes; else their boxes alternate, so that neither
 /// falls behind, and are shared where they happen to meet.
 struct BlockWalker {
-  int base = 0;          // the first block of the words at hand, 32 words
-  int rank = 0;          // boxes of those words already written, of each tile
+  int base = 0;  // the first block of the words at hand, 32 words
+  int rank = 0;  // boxes of those words already written, of each tile
   int totals[kConsumers];
-  uint32_t words[kConsumers];   // this lane's words
-  int before[kConsumers];       // boxes of the lanes below
+  uint32_t words[kConsumers];  // this lane's words
+  int before[kConsumers];      // boxes of the lanes below
   bool loaded = false;
 
   __device__ Filled fill(const WalkerContext& at, Box* boxes) {
