@@ -164,3 +164,18 @@ def test_large_scores(factor, place):
     blocks = random_blocks(case, 64, 64, seed=8)
     mask = block_masks(case, blocks, 64, 64).to(place.device)
     check_attention(*attend(q, k, v, blocks.to(place.device)), q, k, v, mask)
+
+
+def test_neighbouring_rows_of_very_different_length(place):
+    """Kernels that load for two tiles at once must not wait for the one that has nothing to do."""
+    case = Case(1, 4, 1, 192, 4096, 64)
+    blocks = torch.zeros(1, 4, 3, 64, dtype=torch.bool)
+    blocks[:, 0, 1] = blocks[:, 1, 0] = True  # all against none
+    blocks[:, 2, 0, 5], blocks[:, 2, 1] = True, True  # all against one
+    blocks[:, 3, 0, ::2], blocks[:, 3, 1, 3::16] = True, True
+    blocks[:, :, 2, 10:13] = True
+    mask = block_masks(case, blocks, 64, 64).to(place.device)
+    q, k, v = make_qkv(case, place)
+    k, v = poison_unseen(k, v, mask)
+    out, lse = attend(q, k, v, blocks.to(place.device))
+    check_attention(out, lse, q, k, v, mask)

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "device.h"
 #include "options.h"
 #include "sparseattn/attention.h"
 
@@ -18,13 +19,15 @@ struct Path {
 };
 
 /// Every kernel that --path can name, the best one last.
-constexpr Path kPaths[] = {{"sm80", sparseattn::sparse_attention_sm80}};
+constexpr Path kPaths[] = {{"sm80", sparseattn::sparse_attention_sm80},
+                           {"sm90", sparseattn::sparse_attention_sm90}};
 
 inline void add_path_option(Options& options) {
-  options.add("path", "P", "auto", "attention kernel: sm80, or auto: the best that runs here");
+  options.add("path", "P", "auto",
+              "attention kernel: sm80, sm90, or auto: the best that runs here");
 }
 
-/// The kernel that --path names. `auto` takes what runs on this device: every kernel, so far.
+/// The kernel that --path names. `auto` takes what the library would take on this device.
 inline Path choose_path(const Options& options) {
   const std::string& wanted = options.text("path");
   std::vector<std::string> known{"auto"};
@@ -33,7 +36,12 @@ inline Path choose_path(const Options& options) {
     known.push_back(path.name);
   }
   options.words("path", known);
-  return kPaths[std::size(kPaths) - 1];
+  int device = 0, major = 0, minor = 0;
+  check(cudaGetDevice(&device), "device");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "device");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "device");
+  const bool hopper = sparseattn::attention_path(major, minor) == sparseattn::AttentionPath::kSm90;
+  return kPaths[hopper ? 1 : 0];
 }
 
 }  // namespace bench

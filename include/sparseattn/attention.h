@@ -26,8 +26,8 @@ constexpr int32_t kHeadDims[] = {64, 96, 128};
 /// Portable kernel, sm_80 and newer: mma.sync and cp.async.
 Status sparse_attention_sm80(const AttentionParams& params, cudaStream_t stream);
 
-/// Hopper kernel, sm_90a: WGMMA and TMA. Rows must start on 16-byte boundaries. A plan serves one
-/// call: the kernel hands out tiles by `next_tile`.
+/// Hopper kernel, sm_90a: WGMMA and TMA. Rows must start on 16-byte boundaries. Two calls must not
+/// use one plan at the same time: a launch counts its tiles in the plan's next_tile.
 Status sparse_attention_sm90(const AttentionParams& params, cudaStream_t stream);
 
 enum class AttentionPath : int32_t { kSm80 = 80, kSm90 = 90 };

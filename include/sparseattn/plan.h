@@ -102,7 +102,7 @@ struct Plan {
                          //   the next multiple of 64 rows, the rest is never read
   void* packed_v;        // [batch * vs_heads, packed_rows, head_dim]
   uint32_t* block_bits;  // [batch * bs_heads, q_blocks, block_words] bit j: block j is selected
-  uint32_t* next_tile;   // [1] tiles handed out by the Hopper kernel; plan_heads sets it to 0
+  uint32_t* next_tile;   // [1] tiles that a launch of the Hopper kernel has handed out
 };
 
 /// Bytes of device memory that a plan of these sizes takes.
@@ -110,8 +110,8 @@ size_t plan_bytes(const PlanSizes& sizes);
 /// Lays a plan out in `workspace` (plan_bytes(sizes) bytes, aligned to 256). Touches no memory.
 Plan carve_plan(const PlanSizes& sizes, void* workspace);
 
-/// Fills heads, next_tile and all that is [vs_heads] or [bs_heads] from `patterns` [q_heads], a
-/// host array that is read before the call returns (it travels as kernel arguments, not as a copy).
+/// Fills heads and all that is [vs_heads] or [bs_heads] from `patterns` [q_heads], a host array
+/// that is read before the call returns (it travels as kernel arguments, not as a copy).
 Status plan_heads(const Plan& plan, const Pattern* patterns, cudaStream_t stream);
 
 /// Index lists as the caller has them: any order, duplicates allowed, values outside

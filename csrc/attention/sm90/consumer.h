@@ -29,7 +29,7 @@ class Consumer {
         scale_log2_(params.scale * 1.4426950408889634f) {}
 
   __device__ void run() {
-    if (index_ == 1) pass_turn();
+    if (index_ == 0) pass_turn();  // the second comes first
     RingPosition<2> tile;
     uint32_t query_parity = 0;
     for (;; tile.advance(), query_parity ^= 1) {
@@ -42,7 +42,7 @@ class Consumer {
       store(smem_.tiles[tile.index]);
       release(smem_.tile_free[tile.index]);
     }
-    if (index_ == 0) take_turn();  // the other's last pass
+    if (index_ == 1) take_turn();  // the other's last pass
   }
 
  private:
@@ -60,6 +60,8 @@ class Consumer {
   using Operand = decltype(cute::make_tensor<Element>(
       cute::Layout<cute::Shape<cute::Shape<cute::_2, cute::_2, cute::_2>, cute::_1,
                                cute::Int<kColumns / 16>>>{}));
+
+  using Probabilities = Operand<2 * kBoxRows>;
 
   __device__ void take_turn() { cuda::barrier_sync<256>(1 + index_); }
   __device__ void pass_turn() { cuda::barrier_arrive<256>(2 - index_); }
@@ -91,18 +93,19 @@ class Consumer {
 
   /// Reads the next round's word, if it is there; else the word is left for await_round().
   __device__ __forceinline__ bool try_round(RoundWord& word) {
-    if (!__all_sync(~0u, smem_.round_full[round_.index].test_wait(round_.parity))) return false;
+    if (!__all_sync(~0u, smem_.round_full[index_][round_.index].test_wait(round_.parity)))
+      return false;
     read_round(word);
     return true;
   }
   __device__ __forceinline__ void await_round(RoundWord& word) {
-    smem_.round_full[round_.index].wait(round_.parity);
+    smem_.round_full[index_][round_.index].wait(round_.parity);
     read_round(word);
   }
   __device__ __forceinline__ void read_round(RoundWord& word) {
     // The same for all lanes; the shuffle tells the compiler.
-    word.bits = __shfl_sync(~0u, smem_.rounds[round_.index][index_], 0);
-    release(smem_.round_free[round_.index]);
+    word.bits = __shfl_sync(~0u, smem_.rounds[index_][round_.index], 0);
+    release(smem_.round_free[index_][round_.index]);
     round_.advance();
   }
 
@@ -117,56 +120,68 @@ class Consumer {
     return true;
   }
 
+  /// Steps in a row: the output of each is computed in the next one, or after the last.
   __device__ __forceinline__ void attend(const Tile& tile) {
     cute::clear(output_);
     softmax_.reset();
     RoundWord step;
     await_round(step);
-    if (!find_step(step)) return;
-    Operand<2 * kBoxRows> probabilities;  // of the step before
-    float rescale[2];
-    {
-      Scores scores;
-      await_keys(step);
-      take_turn();
-      issue_scores(step, scores);
-      pass_turn();
-      cute::warpgroup_wait<0>();
-      finish_scores(step, scores, tile);
-      softmax_.step(scores, scale_log2_, rescale);
-      narrow(scores, probabilities);
-    }
-    RoundWord before = step;
-    bool ahead = false;  // `step` has been read
-    while (!before.has(RoundWord::kEnd)) {
-      if (!ahead) await_round(step);
-      if (!find_step(step)) break;
-      Scores scores;
-      await_keys(step);
-      take_turn();
-      issue_scores(step, scores);
+    while (find_step(step)) {
+      Probabilities probabilities;  // of the step before
+      begin_steps(step, probabilities, tile);
+      RoundWord before = step;
+      bool ahead = false;  // `step` is the word after `before`
+      for (;;) {
+        if (before.has(RoundWord::kEnd)) break;
+        if (!ahead) await_round(step);
+        // With nothing to do, finish: stages that are held would stop the rings.
+        if (!step.has(RoundWord::kStep)) break;
+        Scores scores;
+        await_keys(step);
+        take_turn();
+        issue_scores(step, scores);
+        issue_output(before, probabilities);
+        pass_turn();
+        RoundWord next;
+        ahead = !step.has(RoundWord::kEnd) && try_round(next);
+        cute::warpgroup_wait<1>();
+        finish_scores(step, scores, tile);
+        float rescale[2];
+        const bool changed = softmax_.step(scores, scale_log2_, rescale);
+        cute::warpgroup_wait<0>();
+        cute::warpgroup_fence_operand(output_);
+        release_values(before);
+        if (changed) scale_output(rescale);
+        narrow(scores, probabilities);
+        before = step;
+        step = next;
+      }
       issue_output(before, probabilities);
-      pass_turn();
-      RoundWord next;
-      ahead = !step.has(RoundWord::kEnd) && try_round(next);
-      cute::warpgroup_wait<1>();
-      finish_scores(step, scores, tile);
-      const bool changed = softmax_.step(scores, scale_log2_, rescale);
       cute::warpgroup_wait<0>();
       cute::warpgroup_fence_operand(output_);
       release_values(before);
-      if (changed) {
-#pragma unroll
-        for (int i = 0; i < cute::size(output_); ++i) output_(i) *= rescale[i / 2 % 2];
-      }
-      narrow(scores, probabilities);
-      before = step;
-      step = next;
+      if (before.has(RoundWord::kEnd)) return;
     }
-    issue_output(before, probabilities);
+  }
+
+  /// A step with no output left to compute.
+  __device__ __forceinline__ void begin_steps(RoundWord step, Probabilities& probabilities,
+                                              const Tile& tile) {
+    Scores scores;
+    await_keys(step);
+    take_turn();
+    issue_scores(step, scores);
+    pass_turn();
     cute::warpgroup_wait<0>();
-    cute::warpgroup_fence_operand(output_);
-    release_values(before);
+    finish_scores(step, scores, tile);
+    float rescale[2];
+    if (softmax_.step(scores, scale_log2_, rescale)) scale_output(rescale);
+    narrow(scores, probabilities);
+  }
+
+  __device__ __forceinline__ void scale_output(const float (&rescale)[2]) {
+#pragma unroll
+    for (int i = 0; i < cute::size(output_); ++i) output_(i) *= rescale[i / 2 % 2];
   }
 
   __device__ __forceinline__ void await_keys(RoundWord step) {
@@ -218,8 +233,7 @@ class Consumer {
   }
 
   /// output += probabilities x values of two boxes.
-  __device__ __forceinline__ void issue_output(RoundWord step,
-                                               const Operand<2 * kBoxRows>& probabilities) {
+  __device__ __forceinline__ void issue_output(RoundWord step, const Probabilities& probabilities) {
     using namespace cute;
     smem_.values_full[step.stage(0)].wait(step.parity(0));
     smem_.values_full[step.stage(1)].wait(step.parity(1));
@@ -241,7 +255,7 @@ class Consumer {
     warpgroup_commit_batch();
   }
 
-  static __device__ __forceinline__ void narrow(const Scores& scores, Operand<2 * kBoxRows>& out) {
+  static __device__ __forceinline__ void narrow(const Scores& scores, Probabilities& out) {
     auto words = cute::recast<uint32_t>(out);
     static_assert(2 * decltype(cute::size(words))::value == decltype(cute::size(scores))::value);
 #pragma unroll

@@ -5,7 +5,7 @@
 //   keys_free, values_free   8: every consumer warp, once it has read the stage; the loader in
 //   place
 //                            of the consumers that do not own the box
-//   round_full / round_free  1: the dealer / 8: every consumer warp
+//   round_full / round_free  1: the dealer / 4: every warp of one consumer
 //   query_full / query_free  1: the key loader / 8: every consumer warp, its rows in registers
 //   tile_full / tile_free    1: the planner / 10: both loaders and every consumer warp
 //   batch_full / batch_free  1: the planner / 3: the loaders and the dealer
@@ -26,8 +26,10 @@ __device__ __forceinline__ void init_barriers(Storage& smem) {
   for (auto& barrier : smem.values_free) barrier.init(kReaders);
   smem.query_full.init(1);
   smem.query_free.init(kReaders);
-  for (auto& barrier : smem.round_full) barrier.init(1);
-  for (auto& barrier : smem.round_free) barrier.init(kReaders);
+  for (int w = 0; w < kConsumers; ++w) {
+    for (auto& barrier : smem.round_full[w]) barrier.init(1);
+    for (auto& barrier : smem.round_free[w]) barrier.init(kConsumerWarps);
+  }
   for (int i = 0; i < 2; ++i) {
     smem.tile_full[i].init(1);
     smem.tile_free[i].init(kReaders + 2);

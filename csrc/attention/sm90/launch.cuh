@@ -31,6 +31,9 @@ Status launch_attention(const AttentionParams& params, cudaStream_t stream) {
   status = cuda::to_status(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
   if (!status.ok()) return status;
+  status = cuda::to_status(
+      cudaMemsetAsync(params.plan.next_tile, 0, sizeof(*params.plan.next_tile), stream));
+  if (!status.ok()) return status;
   const auto ctas = static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors));
   kernel<<<ctas, Config::kThreads, kBytes, stream>>>(params, maps, static_cast<uint32_t>(tiles));
   return cuda::launch_status();

@@ -6,9 +6,10 @@
 // rings.
 //
 // Rounds. The consumers take turns in issuing their products (consumer.h), one turn each a round.
-// The dealer decides what each does in a round: it steps when it has got two boxes; one that has
-// held a single box while kMaxHold others went by steps with that one, since a stage that is held
-// for long would stop the ring; else it only passes its turn on.
+// The dealer tells each consumer what it does in its next round: it steps as soon as it has got two
+// boxes; one that has held a single box while kMaxHold others went by steps with that one, since a
+// stage that is held for long would stop the ring. It passes a round on only if the other consumer
+// comes to a second step before it has one: passing would else wait for the one that passes.
 #pragma once
 
 #include "attention/sm90/tensor_map.h"
@@ -227,37 +228,38 @@ class Dealer {
 
   __device__ void begin_tile() {}
 
-  /// A round ends when one of the owners steps.
   __device__ __forceinline__ void box(const Box& box) {
     const uint32_t flags = box.flags;
-    uint32_t words[kConsumers];
+    // The second consumer comes first: its tile begins where the keys do.
 #pragma unroll
-    for (int w = 0; w < kConsumers; ++w) {
+    for (int w = kConsumers - 1; w >= 0; --w) {
       const bool masked = flags >> w & (Box::kMasked | Box::kByRow);
       const uint32_t own = RoundWord::of_box(at_.index, at_.parity, masked);
-      words[w] = 0;
       if (flags >> w & Box::kOwner) {
-        if (age_[w] != 0) words[w] = RoundWord::kStep | held_[w] | RoundWord::second(own);
+        if (age_[w] != 0) push_step(w, RoundWord::kStep | held_[w] | RoundWord::second(own));
         held_[w] = own;
         age_[w] = age_[w] == 0;
       } else if (age_[w] != 0 && ++age_[w] > kMaxHold) {
-        words[w] = step_with_held(w);
+        push_step(w, step_with_held(w));
       }
     }
-    if ((words[0] | words[1]) != 0) push_round(words);
     at_.advance();
   }
 
-  /// The last round of the tile, in which consumers step with what they hold.
+  /// Evens out the rounds and ends the tile with one more, in which consumers step with what they
+  /// still hold.
   __device__ void end_tile() {
-    uint32_t words[kConsumers];
 #pragma unroll
-    for (int w = 0; w < kConsumers; ++w) words[w] = RoundWord::kEnd | step_with_held(w);
-    push_round(words);
+    for (int w = 0; w < kConsumers; ++w) {
+      if (lead_[w] < lead_[1 - w]) push_step(w, step_with_held(w));
+    }
+#pragma unroll
+    for (int w = 0; w < kConsumers; ++w) push(w, RoundWord::kEnd | step_with_held(w));
+    lead_[0] = lead_[1] = 0;
   }
 
  private:
-  /// A step with the one box that consumer w holds, if it holds one.
+  /// A step with the one box that consumer w holds, or none.
   __device__ __forceinline__ uint32_t step_with_held(int w) {
     if (age_[w] == 0) return 0;
     age_[w] = 0;
@@ -265,23 +267,35 @@ class Dealer {
            RoundWord::second(held_[w]);
   }
 
-  __device__ __forceinline__ void push_round(const uint32_t (&words)[kConsumers]) {
-    smem_.round_free[round_.index].wait(round_.parity ^ 1);
+  /// The next round of consumer w. The other, where it has had no step since this one's last,
+  /// passes.
+  __device__ __forceinline__ void push_step(int w, uint32_t word) {
+    if (lead_[w] > lead_[1 - w]) {
+      push(1 - w, 0);
+      ++lead_[1 - w];
+    }
+    push(w, word);
+    ++lead_[w];
+  }
+
+  __device__ __forceinline__ void push(int w, uint32_t word) {
+    auto& round = round_[w];
+    smem_.round_free[w][round.index].wait(round.parity ^ 1);
     if (lane_ == 0) {
-#pragma unroll
-      for (int w = 0; w < kConsumers; ++w) smem_.rounds[round_.index][w] = words[w];
-      smem_.round_full[round_.index].arrive();
+      smem_.rounds[w][round.index] = word;
+      smem_.round_full[w][round.index].arrive();
     }
     __syncwarp();
-    round_.advance();
+    round.advance();
   }
 
   Storage& smem_;
   const int lane_;
   RingPosition<Traits::kStages> at_;
-  RingPosition<kRounds> round_;
+  RingPosition<kRounds> round_[kConsumers];
   uint32_t held_[kConsumers] = {0, 0};  // RoundWord of the box that a consumer holds
   int age_[kConsumers] = {0, 0};        // 0: holds none; else 1 + the boxes gone by since
+  int lead_[kConsumers] = {0, 0};       // rounds of the tile so far
 };
 
 }  // namespace sparseattn::sm90

@@ -70,14 +70,14 @@ struct Traits {
     alignas(1024) Element values[kStages][kBoxElements];
     Box planned[2][kBatch];                // planner to loaders and dealer
     Box boxes[kStages];                    // to consumers, with the keys of the stage
-    uint32_t rounds[kRounds][kConsumers];  // RoundWords, dealer to consumers
+    uint32_t rounds[kConsumers][kRounds];  // RoundWords, dealer to consumers
     Tile tiles[2];
     uint32_t batch[2];  // boxes in it, and kBatch* flags
     // full: one arrival by the side that writes; free: one by every reader (see kernel.h).
     cuda::MBarrier keys_full[kStages], keys_free[kStages];
     cuda::MBarrier values_full[kStages], values_free[kStages];
     cuda::MBarrier query_full, query_free;
-    cuda::MBarrier round_full[kRounds], round_free[kRounds];
+    cuda::MBarrier round_full[kConsumers][kRounds], round_free[kConsumers][kRounds];
     cuda::MBarrier tile_full[2], tile_free[2];
     cuda::MBarrier batch_full[2], batch_free[2];
   };

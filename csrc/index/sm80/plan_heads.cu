@@ -27,7 +27,6 @@ __global__ void __launch_bounds__(kThreads)
   const int sequence = static_cast<int>(index / piece.count);
   const int i = static_cast<int>(index % piece.count);
   if (sequence >= sizes.shape.batch) return;
-  if (index == 0) *plan.next_tile = 0;
   const Pattern pattern = piece.patterns[i];
   const int ordinal = piece.ordinals[i];
   const int head = piece.first + i;
