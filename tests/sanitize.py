@@ -57,6 +57,17 @@ def run(device: str, dtype: torch.dtype, dim: int, shape: tuple[int, ...]) -> No
     for block in (64, 128):
         sparseattn.estimate_block_sparse(q, k, top_k=2, block=block)
         sparseattn.estimate_block_sparse(q, k, top_k=2, block=block, **lens)
+        for stride in (4, 32):
+            how = {"block": block, "share": 0.7, "method": "antidiagonal", "stride": stride}
+            sparseattn.estimate_block_sparse(q, k, top_k=3, **how)
+            sparseattn.estimate_block_sparse(q, k, top_k=3, **how, **lens)
+    for share in (0.5, 1.0):
+        sparseattn.estimate_vertical_slash(q, k, num_columns=60, num_offsets=190, share=share)
+    sparseattn.estimate_vertical_slash(q, k, num_columns=60, num_offsets=190, share=0.5, **lens)
+    adaptive = [VerticalSlash(60, 190, share=0.6), BlockSparse(3, share=0.6, method="antidiagonal")]
+    adaptive = (adaptive * 2)[:q_heads]
+    results.append(sparseattn.sparse_attention(q, k, v, adaptive))
+    results.append(sparseattn.sparse_attention(q, k, v, adaptive, **lens))
     patterns = [VerticalSlash(40, 110), BlockSparse(2), AShape(4, 20), Dense()][:q_heads]
     results.append(sparseattn.sparse_attention(q, k, v, patterns, return_lse=True)[0])
     results.append(sparseattn.sparse_attention(q, k, v, patterns, return_lse=True, **lens)[0])

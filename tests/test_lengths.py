@@ -60,6 +60,12 @@ BATCHES = [
 ]
 every_batch = pytest.mark.parametrize("batch", BATCHES, ids=str)
 PATTERNS = [VerticalSlash(40, 110), BlockSparse(2), AShape(4, 20), Dense()]
+ADAPTIVE = [
+    VerticalSlash(60, 190, share=0.6),
+    BlockSparse(3, share=0.6, method="antidiagonal"),
+    BlockSparse(3, share=0.5),
+    BlockSparse(2, method="antidiagonal", stride=4),
+]
 
 
 def padded(batch: Batch, place: Place, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,7 +98,11 @@ def mixed(q, k, v, index=(), **lens):
     return sparseattn.sparse_attention(q, k, v, PATTERNS, return_lse=True, **lens)
 
 
-ATTEND = [a_shape, vertical_slash, block_sparse, mixed]
+def adaptive(q, k, v, index=(), **lens):
+    return sparseattn.sparse_attention(q, k, v, ADAPTIVE, return_lse=True, **lens)
+
+
+ATTEND = [a_shape, vertical_slash, block_sparse, mixed, adaptive]
 attend_by = pytest.mark.parametrize("attend", ATTEND, ids=lambda f: f.__name__)
 attend_by_index = pytest.mark.parametrize("attend", ATTEND[:3], ids=lambda f: f.__name__)
 
@@ -205,9 +215,10 @@ def test_without_lse(attend, main_place):
         a_shape: (sparseattn.a_shape_attention, {"sink": 4, "window": 70}),
         vertical_slash: (sparseattn.vertical_slash_attention, {}),
         block_sparse: (sparseattn.block_sparse_attention, {"block_q": 128}),
-        mixed: (sparseattn.sparse_attention, {}),
+        mixed: (sparseattn.sparse_attention, {"patterns": PATTERNS}),
+        adaptive: (sparseattn.sparse_attention, {"patterns": ADAPTIVE}),
     }[attend]
-    out = op(q, k, v, *([PATTERNS] if attend is mixed else index), **options, **lens)
+    out = op(q, k, v, *index, **options, **lens)
     result = attend(q, k, v, index, **lens)
     assert torch.equal(out, result[0])
     check_alone(attend, batch, result, q, k, v, index)

@@ -25,9 +25,9 @@ SCHEMAS = {
     "sparse_attention": "(Tensor q, Tensor k, Tensor v, int[] patterns, *, "
     f"float? scale=None, bool return_lse=False, {LENGTHS}) -> (Tensor, Tensor)",
     "estimate_vertical_slash": "(Tensor q, Tensor k, *, int num_columns, int num_offsets, "
-    f"int last_q=64, int sink=30, int local=100, {LENGTHS}) -> (Tensor, Tensor)",
+    f"int last_q=64, int sink=30, int local=100, float? share=None, {LENGTHS}) -> (Tensor, Tensor)",
     "estimate_block_sparse": "(Tensor q, Tensor k, *, int top_k, int block=64, "
-    f"{LENGTHS}) -> Tensor",
+    f'float? share=None, str method="mean", int stride=16, {LENGTHS}) -> Tensor',
 }
 OPS = list(SCHEMAS)
 

@@ -204,6 +204,25 @@ void check_block_mask(const Tensor& mask, const Tensor& q, const Shape& shape, i
   }
 }
 
+int32_t check_share(std::optional<double> share) {
+  if (!share) return 0;
+  // Also refuses NaN.
+  if (!(*share >= 1.0 / kWholeShare && *share <= 1)) {
+    value_error("share: expected 1e-6 <= share <= 1 or None, got ", *share);
+  }
+  return static_cast<int32_t>(std::nearbyint(*share * kWholeShare));
+}
+
+int32_t check_method(const std::string& method, int64_t stride) {
+  if (method != "mean" && method != "antidiagonal") {
+    value_error("method: expected \"mean\" or \"antidiagonal\", got \"", method, "\"");
+  }
+  if (stride != 4 && stride != 8 && stride != 16 && stride != 32) {
+    value_error("stride: expected 4, 8, 16 or 32, got ", stride);
+  }
+  return method == "mean" ? 0 : static_cast<int32_t>(stride);
+}
+
 std::vector<Pattern> check_patterns(const std::vector<int64_t>& flat, const Shape& shape) {
   if (flat.size() != 3 * static_cast<size_t>(shape.q_heads)) {
     value_error("patterns: expected one pattern for each of the ", shape.q_heads,
@@ -212,15 +231,36 @@ std::vector<Pattern> check_patterns(const std::vector<int64_t>& flat, const Shap
   std::vector<Pattern> patterns(shape.q_heads);
   for (int32_t head = 0; head < shape.q_heads; ++head) {
     const int64_t code = flat[3 * head];
-    if (code < 0 || code > 3) {
+    const int64_t kind_code = code & 0xff, stride = code >> 8 & 0xff, share = code >> 16;
+    if (code < 0 || kind_code > 3) {
       value_error("patterns: expected a code of 0 to 3 for head ", head, ", got ", code);
     }
-    const auto kind = static_cast<PatternKind>(code);
-    const int64_t minimum = kind == PatternKind::kBlockSparse ? 1 : 0;
-    patterns[head] = {kind, check_size("patterns", flat[3 * head + 1], minimum),
-                      check_size("patterns", flat[3 * head + 2], 0)};
+    const auto kind = static_cast<PatternKind>(kind_code);
+    const bool is_blocks = kind == PatternKind::kBlockSparse;
+    if (share > (is_blocks || kind == PatternKind::kVerticalSlash ? kWholeShare : 0)) {
+      value_error("patterns: expected a share of at most 1 of a vertical-slash or block-sparse ",
+                  "pattern for head ", head, ", got code ", code);
+    }
+    if (stride != 0 &&
+        (!is_blocks || (stride != 4 && stride != 8 && stride != 16 && stride != 32))) {
+      value_error("patterns: expected a stride of 4, 8, 16 or 32 of a block-sparse pattern for ",
+                  "head ", head, ", got code ", code);
+    }
+    patterns[head] = {kind, check_size("patterns", flat[3 * head + 1], is_blocks ? 1 : 0),
+                      check_size("patterns", flat[3 * head + 2], 0), static_cast<int32_t>(share),
+                      static_cast<int32_t>(stride)};
   }
   return patterns;
+}
+
+std::vector<int32_t> strides_of(const std::vector<Pattern>& patterns) {
+  std::vector<int32_t> strides;
+  for (const Pattern& pattern : patterns) {
+    if (pattern.kind == PatternKind::kBlockSparse) strides.push_back(pattern.stride);
+  }
+  std::sort(strides.begin(), strides.end());
+  strides.erase(std::unique(strides.begin(), strides.end()), strides.end());
+  return strides;
 }
 
 std::vector<Pattern> uniform_patterns(const Shape& shape, Pattern pattern) {

@@ -69,8 +69,15 @@ Lengths check_lengths(const std::optional<Tensor>& q_lens, const std::optional<T
 /// bool [batch, q_heads, q_blocks, kv_blocks] on q's device.
 void check_block_mask(const Tensor& mask, const Tensor& q, const Shape& shape, int64_t block_q,
                       int64_t block_kv);
-/// Flat (code, a, b) triples, one for each query head.
+/// A share as millionths; 0 for None.
+int32_t check_share(std::optional<double> share);
+/// The stride of antidiagonal scores; 0 for method "mean".
+int32_t check_method(const std::string& method, int64_t stride);
+/// Flat (code, a, b) triples, one for each query head. Bits 0 to 7 of a code are the kind, 8 to 15
+/// the stride of antidiagonal scores, 16 to 35 the share in millionths.
 std::vector<Pattern> check_patterns(const std::vector<int64_t>& flat, const Shape& shape);
+/// The distinct strides of the block-sparse patterns, 0 for means; none where there are none.
+std::vector<int32_t> strides_of(const std::vector<Pattern>& patterns);
 /// The same pattern for every query head.
 std::vector<Pattern> uniform_patterns(const Shape& shape, Pattern pattern);
 

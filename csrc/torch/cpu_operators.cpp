@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <string>
 #include <tuple>
 
 #include "sparseattn/cpu.h"
@@ -126,14 +127,18 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v,
   constexpr int32_t kBlock = 64;
 
   std::vector<int32_t> vs_heads, bs_heads, num_columns, num_offsets, top_k;
+  std::vector<int32_t> vs_shares, bs_shares, strides;
   for (int32_t h = 0; h < shape.q_heads; ++h) {
     if (given[h].kind == PatternKind::kVerticalSlash) {
       vs_heads.push_back(h);
       num_columns.push_back(std::min(given[h].a, shape.kv_len));
       num_offsets.push_back(std::min(given[h].b, shape.kv_len));
+      vs_shares.push_back(given[h].share);
     } else if (given[h].kind == PatternKind::kBlockSparse) {
       bs_heads.push_back(h);
       top_k.push_back(given[h].a);
+      bs_shares.push_back(given[h].share);
+      strides.push_back(given[h].stride);
     }
   }
   const auto most = [](const std::vector<int32_t>& list) {
@@ -148,17 +153,18 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v,
     check_status(cpu::estimate_vertical_slash(
         {shape, dtype_of(q), view_of(q), view_of(k), default_scale, 64, 30, 100, vs_count,
          vs_heads.data(), num_columns.data(), num_offsets.data(), max_columns, max_offsets,
-         columns.data(), offsets.data(), lengths},
+         columns.data(), offsets.data(), lengths, 0, vs_shares.data()},
         run_parallel));
   }
   const int64_t q_blocks = ceil_div(shape.q_len, kBlock),
                 kv_blocks = ceil_div(shape.kv_len, kBlock);
   std::vector<uint8_t> masks(static_cast<size_t>(shape.batch) * bs_count * q_blocks * kv_blocks);
-  if (bs_count > 0) {
-    check_status(cpu::estimate_block_sparse(
-        {shape, dtype_of(q), view_of(q), view_of(k), kBlock, bs_count, bs_heads.data(),
-         top_k.data(), most(top_k), masks.data(), lengths},
-        run_parallel));
+  for (const int32_t stride : strides_of(given)) {
+    check_status(
+        cpu::estimate_block_sparse({shape, dtype_of(q), view_of(q), view_of(k), kBlock, bs_count,
+                                    bs_heads.data(), top_k.data(), most(top_k), masks.data(),
+                                    lengths, 0, bs_shares.data(), stride, strides.data()},
+                                   run_parallel));
   }
 
   std::vector<cpu::HeadIndex> heads;
@@ -189,12 +195,14 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v,
 std::tuple<Tensor, Tensor> estimate_vertical_slash(Tensor q, Tensor k, int64_t num_columns,
                                                    int64_t num_offsets, int64_t last_q,
                                                    int64_t sink, int64_t local,
+                                                   std::optional<double> share,
                                                    std::optional<Tensor> q_lens,
                                                    std::optional<Tensor> kv_lens) {
   const Lengths lengths = check_lengths(q_lens, kv_lens, q);
   const Shape shape = check_qkv(support(), q, k, nullptr);
   const VerticalSlashSizes sizes =
       check_vertical_slash_sizes(num_columns, num_offsets, last_q, sink, local);
+  const int32_t millionths = check_share(share);
   using torch::stable::new_empty;
   const auto int32 = std::make_optional(ScalarType::Int);
   Tensor columns = new_empty(q, {shape.batch, shape.q_heads, sizes.columns}, int32);
@@ -203,23 +211,27 @@ std::tuple<Tensor, Tensor> estimate_vertical_slash(Tensor q, Tensor k, int64_t n
       {shape, dtype_of(q), view_of(q), view_of(k), check_scale(std::nullopt, shape), sizes.last_q,
        sizes.sink, sizes.local, shape.q_heads, nullptr, nullptr, nullptr, sizes.columns,
        sizes.offsets, static_cast<int32_t*>(columns.data_ptr()),
-       static_cast<int32_t*>(offsets.data_ptr()), lengths},
+       static_cast<int32_t*>(offsets.data_ptr()), lengths, millionths},
       run_parallel));
   return {columns, offsets};
 }
 
 Tensor estimate_block_sparse(Tensor q, Tensor k, int64_t top_k, int64_t block,
+                             std::optional<double> share, std::string method, int64_t stride,
                              std::optional<Tensor> q_lens, std::optional<Tensor> kv_lens) {
   const Lengths lengths = check_lengths(q_lens, kv_lens, q);
   const Shape shape = check_qkv(support(), q, k, nullptr);
   const int32_t blocks = check_size("top_k", top_k, 1);
   check_block("block", block);
+  const int32_t millionths = check_share(share);
+  const int32_t residues = check_method(method, stride);
   Tensor mask = torch::stable::new_empty(
       q, {shape.batch, shape.q_heads, ceil_div(shape.q_len, block), ceil_div(shape.kv_len, block)},
       std::make_optional(ScalarType::Bool));
   check_status(cpu::estimate_block_sparse(
       {shape, dtype_of(q), view_of(q), view_of(k), static_cast<int32_t>(block), shape.q_heads,
-       nullptr, nullptr, blocks, static_cast<uint8_t*>(mask.data_ptr()), lengths},
+       nullptr, nullptr, blocks, static_cast<uint8_t*>(mask.data_ptr()), lengths, millionths,
+       nullptr, residues},
       run_parallel));
   return mask;
 }

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <string>
 #include <tuple>
 
 #include "sparseattn/attention.h"
@@ -86,7 +87,7 @@ class Call {
   }
 
   /// Estimates the index of the vertical-slash heads and plans it.
-  void estimate_lists() {
+  void estimate_lists(bool any_share) {
     const PlanSizes& sizes = plan.sizes;
     const int64_t slots = static_cast<int64_t>(shape.batch) * sizes.vs_heads;
     const auto lists = [&](int32_t length) {
@@ -98,7 +99,8 @@ class Call {
     run_estimate(VerticalSlashEstimate{
         shape, dtype_of(q_), view_of(q_), view_of(k_), check_scale(std::nullopt, shape), 64, 30,
         100, sizes.vs_heads, plan.vs_heads, plan.vs_budget, plan.vs_budget + sizes.vs_heads,
-        sizes.max_columns, sizes.max_offsets, columns, offsets, lengths});
+        sizes.max_columns, sizes.max_offsets, columns, offsets, lengths, 0,
+        any_share ? plan.vs_share : nullptr});
     const auto as_lists = [&](const int32_t* data, int64_t length) {
       return IndexLists{data,   false, static_cast<int32_t>(length), sizes.vs_heads * length,
                         length, 1};
@@ -106,18 +108,21 @@ class Call {
     use_lists(as_lists(columns, sizes.max_columns), as_lists(offsets, sizes.max_offsets));
   }
 
-  /// Estimates the blocks of the block-sparse heads straight into the plan.
-  void estimate_blocks(int32_t max_top_k) {
-    run_estimate(BlockSparseEstimate{shape, dtype_of(q_), view_of(q_), view_of(k_),
-                                     plan.sizes.block_q, plan.sizes.bs_heads, plan.bs_heads,
-                                     plan.bs_budget, max_top_k, plan.block_bits, nullptr, lengths});
+  /// Estimates the blocks of the block-sparse heads that score with `stride` straight into the
+  /// plan.
+  void estimate_blocks(int32_t max_top_k, bool any_share, int32_t stride) {
+    run_estimate(BlockSparseEstimate{
+        shape, dtype_of(q_), view_of(q_), view_of(k_), plan.sizes.block_q, plan.sizes.bs_heads,
+        plan.bs_heads, plan.bs_budget, max_top_k, plan.block_bits, nullptr, lengths, 0,
+        any_share ? plan.bs_share : nullptr, stride, plan.bs_stride});
   }
 
   std::tuple<Tensor, Tensor> attend(bool return_lse) {
     Outputs outputs = make_outputs(q_, shape, return_lse);
-    check_status(sparseattn::sparse_attention({shape, dtype_of(q_), view_of(q_), view_of(k_), view_of(v_),
-                                        view_of(outputs.out), outputs.lse_data, scale_, plan},
-                                       stream()));
+    check_status(
+        sparseattn::sparse_attention({shape, dtype_of(q_), view_of(q_), view_of(k_), view_of(v_),
+                                      view_of(outputs.out), outputs.lse_data, scale_, plan},
+                                     stream()));
     return {outputs.out, outputs.lse};
   }
 
@@ -201,8 +206,9 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v,
   Call call(q, k, v, scale, q_lens, kv_lens);
   const auto given = check_patterns(patterns, call.shape);
   int32_t max_columns = 0, max_offsets = 0, max_top_k = 0;
-  bool slashes = false;
+  bool slashes = false, any_share = false;
   for (const Pattern& pattern : given) {
+    any_share = any_share || pattern.share > 0;
     if (pattern.kind == PatternKind::kVerticalSlash) {
       slashes = true;
       max_columns = std::max(max_columns, std::min(pattern.a, call.shape.kv_len));
@@ -212,20 +218,24 @@ std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v,
     }
   }
   call.make_plan(given, max_columns, max_offsets, 64, 64);
-  if (slashes) call.estimate_lists();
-  if (max_top_k > 0) call.estimate_blocks(max_top_k);
+  if (slashes) call.estimate_lists(any_share);
+  for (const int32_t stride : strides_of(given)) {
+    call.estimate_blocks(max_top_k, any_share, stride);
+  }
   return call.attend(return_lse);
 }
 
 std::tuple<Tensor, Tensor> estimate_vertical_slash(Tensor q, Tensor k, int64_t num_columns,
                                                    int64_t num_offsets, int64_t last_q,
                                                    int64_t sink, int64_t local,
+                                                   std::optional<double> share,
                                                    std::optional<Tensor> q_lens,
                                                    std::optional<Tensor> kv_lens) {
   const Lengths lengths = check_lengths(q_lens, kv_lens, q);
   const Shape shape = check_qkv(support(), q, k, nullptr);
   const VerticalSlashSizes sizes =
       check_vertical_slash_sizes(num_columns, num_offsets, last_q, sink, local);
+  const int32_t millionths = check_share(share);
   const Launch launch(q);
   const Tensor queries = aligned(q), keys = aligned(k);
   using torch::stable::new_empty;
@@ -248,18 +258,22 @@ std::tuple<Tensor, Tensor> estimate_vertical_slash(Tensor q, Tensor k, int64_t n
                                      sizes.offsets,
                                      static_cast<int32_t*>(columns.data_ptr()),
                                      static_cast<int32_t*>(offsets.data_ptr()),
-                                     lengths};
+                                     lengths,
+                                     millionths};
   const Tensor workspace = scratch(q, estimate_vertical_slash_bytes(params));
   check_status(sparseattn::estimate_vertical_slash(params, workspace.data_ptr(), launch.stream()));
   return {columns, offsets};
 }
 
 Tensor estimate_block_sparse(Tensor q, Tensor k, int64_t top_k, int64_t block,
+                             std::optional<double> share, std::string method, int64_t stride,
                              std::optional<Tensor> q_lens, std::optional<Tensor> kv_lens) {
   const Lengths lengths = check_lengths(q_lens, kv_lens, q);
   const Shape shape = check_qkv(support(), q, k, nullptr);
   const int32_t blocks = check_size("top_k", top_k, 1);
   check_block("block", block);
+  const int32_t millionths = check_share(share);
+  const int32_t residues = check_method(method, stride);
   const Launch launch(q);
   const Tensor queries = aligned(q), keys = aligned(k);
   const int64_t q_blocks = ceil_div(shape.q_len, block), kv_blocks = ceil_div(shape.kv_len, block);
@@ -278,7 +292,10 @@ Tensor estimate_block_sparse(Tensor q, Tensor k, int64_t top_k, int64_t block,
                                    blocks,
                                    static_cast<uint32_t*>(bits.data_ptr()),
                                    static_cast<uint8_t*>(mask.data_ptr()),
-                                   lengths};
+                                   lengths,
+                                   millionths,
+                                   nullptr,
+                                   residues};
   const Tensor workspace = scratch(q, estimate_block_sparse_bytes(params));
   check_status(sparseattn::estimate_block_sparse(params, workspace.data_ptr(), launch.stream()));
   return mask;

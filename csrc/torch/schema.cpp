@@ -19,9 +19,9 @@ STABLE_TORCH_LIBRARY(sparseattn, m) {
       "bool return_lse=False, Tensor? q_lens=None, Tensor? kv_lens=None) -> (Tensor, Tensor)");
   m.def(
       "estimate_vertical_slash(Tensor q, Tensor k, *, int num_columns, int num_offsets, "
-      "int last_q=64, int sink=30, int local=100, Tensor? q_lens=None, Tensor? kv_lens=None) "
-      "-> (Tensor, Tensor)");
+      "int last_q=64, int sink=30, int local=100, float? share=None, Tensor? q_lens=None, "
+      "Tensor? kv_lens=None) -> (Tensor, Tensor)");
   m.def(
-      "estimate_block_sparse(Tensor q, Tensor k, *, int top_k, int block=64, "
-      "Tensor? q_lens=None, Tensor? kv_lens=None) -> Tensor");
+      "estimate_block_sparse(Tensor q, Tensor k, *, int top_k, int block=64, float? share=None, "
+      "str method=\"mean\", int stride=16, Tensor? q_lens=None, Tensor? kv_lens=None) -> Tensor");
 }

@@ -61,6 +61,8 @@ struct VerticalSlashEstimate {
   int32_t* columns;  // out [batch, heads, max_columns] ascending, then -1
   int32_t* offsets;  // out [batch, heads, max_offsets] ascending, then -1
   Lengths lengths = {};
+  int32_t share = 0;                // of all heads where `shares` is null; millionths, 0: none
+  const int32_t* shares = nullptr;  // [heads]
 };
 Status estimate_vertical_slash(const VerticalSlashEstimate& params,
                                const ParallelFor& parallel_for);
@@ -77,6 +79,10 @@ struct BlockSparseEstimate {
   int32_t max_top_k;
   uint8_t* block_mask;  // out bool [batch, heads, q_blocks, kv_blocks] contiguous
   Lengths lengths = {};
+  int32_t share = 0;                 // as in VerticalSlashEstimate
+  const int32_t* shares = nullptr;   // [heads]
+  int32_t stride = 0;                // of all heads where `strides` is null; 0: means
+  const int32_t* strides = nullptr;  // [heads]: heads of another stride are left alone
 };
 Status estimate_block_sparse(const BlockSparseEstimate& params, const ParallelFor& parallel_for);
 

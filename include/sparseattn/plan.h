@@ -22,10 +22,10 @@ struct Segment {
   int32_t count;
 };
 
-/// The slash index of two neighbouring query tiles that share their loads (rows 128 m .. 128 m + 127
-/// of a call, Hopper kernel). 64 keys from e - far on, where e is the end of the second tile; bit j
-/// of visible[w] is set if tile w sees key e - far + j through its cover and no earlier segment of
-/// the list holds that key. All 64 keys lie in the cover of one of the two tiles.
+/// The slash index of two neighbouring query tiles that share their loads (rows 128 m .. 128 m +
+/// 127 of a call, Hopper kernel). 64 keys from e - far on, where e is the end of the second tile;
+/// bit j of visible[w] is set if tile w sees key e - far + j through its cover and no earlier
+/// segment of the list holds that key. All 64 keys lie in the cover of one of the two tiles.
 struct PairSegment {
   int32_t far;
   uint32_t visible[2][2];  // [tile][half]
@@ -66,8 +66,8 @@ struct PlanSizes {
   constexpr int32_t cover_words() const { return (span() + 31) / 32; }
   /// Rows of packed keys of one head: whole boxes of 64.
   constexpr int32_t packed_rows() const { return (max_columns + 63) / 64 * 64; }
-  /// Most segments of a head: a run of covered keys is at least 64 long, so it takes one more segment
-  /// than it is long in 64s at most, and so does each offset; pairs reach twice as far.
+  /// Most segments of a head: a run of covered keys is at least 64 long, so it takes one more
+  /// segment than it is long in 64s at most, and so does each offset; pairs reach twice as far.
   constexpr int32_t max_segments() const {
     const int32_t by_span = span() / 64 + span() / 65 + 2;
     return max_offsets < by_span ? max_offsets : by_span;
@@ -81,25 +81,28 @@ struct PlanSizes {
 /// All pointers are device memory inside one workspace (see carve_plan).
 struct Plan {
   PlanSizes sizes;
-  HeadTask* heads;        // [batch, q_heads]
-  int32_t* vs_heads;      // [vs_heads] query head of each vertical-slash ordinal
-  int32_t* vs_budget;     // [2, vs_heads] columns and offsets asked for (Pattern a and b)
-  int32_t* bs_heads;      // [bs_heads]
-  int32_t* bs_budget;     // [bs_heads] blocks asked for in a row
-  int32_t* num_segments;  // [batch * vs_heads]
-  int32_t* num_columns;   // [batch * vs_heads]
-  Segment* segments;      // [batch * vs_heads, max_segments]
+  HeadTask* heads;             // [batch, q_heads]
+  int32_t* vs_heads;           // [vs_heads] query head of each vertical-slash ordinal
+  int32_t* vs_budget;          // [2, vs_heads] columns and offsets asked for (Pattern a and b)
+  int32_t* vs_share;           // [vs_heads] Pattern share
+  int32_t* bs_heads;           // [bs_heads]
+  int32_t* bs_budget;          // [bs_heads] blocks asked for in a row
+  int32_t* bs_share;           // [bs_heads] Pattern share
+  int32_t* bs_stride;          // [bs_heads] Pattern stride
+  int32_t* num_segments;       // [batch * vs_heads]
+  int32_t* num_columns;        // [batch * vs_heads]
+  Segment* segments;           // [batch * vs_heads, max_segments]
   int32_t* num_pair_segments;  // [batch * vs_heads]
   PairSegment* pair_segments;  // [batch * vs_heads, max_pair_segments] `far` ascending
   int32_t* columns;       // [batch * vs_heads, max_columns] ascending, distinct, in [0, kv_len)
   uint32_t* cover;        // [batch * vs_heads, cover_words] bit d: distance d lies in a segment
   uint32_t* column_bits;  // [batch * vs_heads, cover_words] scratch: bit c: column c is listed
   uint32_t* offset_bits;  // [batch * vs_heads, cover_words] scratch: bit o: offset o is listed
-  void* packed_k;         // [batch * vs_heads, packed_rows, head_dim] keys of `columns`; zeros up to
-                          //   the next multiple of 64 rows, the rest is never read
-  void* packed_v;         // [batch * vs_heads, packed_rows, head_dim]
-  uint32_t* block_bits;   // [batch * bs_heads, q_blocks, block_words] bit j: block j is selected
-  uint32_t* next_tile;    // [1] tiles that a launch of the Hopper kernel has handed out
+  void* packed_k;        // [batch * vs_heads, packed_rows, head_dim] keys of `columns`; zeros up to
+                         //   the next multiple of 64 rows, the rest is never read
+  void* packed_v;        // [batch * vs_heads, packed_rows, head_dim]
+  uint32_t* block_bits;  // [batch * bs_heads, q_blocks, block_words] bit j: block j is selected
+  uint32_t* next_tile;   // [1] tiles that a launch of the Hopper kernel has handed out
 };
 
 /// Bytes of device memory that a plan of these sizes takes.
@@ -107,7 +110,7 @@ size_t plan_bytes(const PlanSizes& sizes);
 /// Lays a plan out in `workspace` (plan_bytes(sizes) bytes, aligned to 256). Touches no memory.
 Plan carve_plan(const PlanSizes& sizes, void* workspace);
 
-/// Fills heads, vs_heads, vs_budget, bs_heads and bs_budget from `patterns` [q_heads], a host array
+/// Fills heads and all that is [vs_heads] or [bs_heads] from `patterns` [q_heads], a host array
 /// that is read before the call returns (it travels as kernel arguments, not as a copy).
 Status plan_heads(const Plan& plan, const Pattern* patterns, cudaStream_t stream);
 

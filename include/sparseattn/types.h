@@ -86,11 +86,16 @@ enum class PatternKind : int32_t {
   kBlockSparse = 3,    // a = top_k blocks in a row
 };
 
+/// A share of attention mass travels as an integer number of millionths; 0 asks for no share.
+constexpr int32_t kWholeShare = 1000000;
+
 /// The pattern of one query head, as the host states it.
 struct Pattern {
   PatternKind kind;
   int32_t a;
   int32_t b;
+  int32_t share = 0;   // kVerticalSlash, kBlockSparse: millionths; a and b are limits then
+  int32_t stride = 0;  // kBlockSparse: antidiagonal scores of this stride; 0: means
 };
 
 /// Result of a library call. `what` is a static string, null when all is well.

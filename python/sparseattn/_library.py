@@ -63,7 +63,19 @@ def _(q, k, v, patterns, *, scale=None, return_lse=False, q_lens=None, kv_lens=N
 
 
 @torch.library.register_fake("sparseattn::estimate_vertical_slash")
-def _(q, k, *, num_columns, num_offsets, last_q=64, sink=30, local=100, q_lens=None, kv_lens=None):
+def _(
+    q,
+    k,
+    *,
+    num_columns,
+    num_offsets,
+    last_q=64,
+    sink=30,
+    local=100,
+    share=None,
+    q_lens=None,
+    kv_lens=None,
+):
     batch, heads = q.shape[:2]
     return (
         q.new_empty((batch, heads, num_columns), dtype=torch.int32),
@@ -72,7 +84,7 @@ def _(q, k, *, num_columns, num_offsets, last_q=64, sink=30, local=100, q_lens=N
 
 
 @torch.library.register_fake("sparseattn::estimate_block_sparse")
-def _(q, k, *, top_k, block=64, q_lens=None, kv_lens=None):
+def _(q, k, *, top_k, block=64, share=None, method="mean", stride=16, q_lens=None, kv_lens=None):
     batch, heads, q_len, _ = q.shape
     q_blocks, kv_blocks = -(-q_len // block), -(-k.shape[2] // block)
     return q.new_empty((batch, heads, q_blocks, kv_blocks), dtype=torch.bool)

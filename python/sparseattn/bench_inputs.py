@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from sparseattn import ops
-from sparseattn.patterns import AShape, BlockSparse, Dense, Pattern, VerticalSlash
+from sparseattn.patterns import (
+    AShape,
+    BlockSparse,
+    Dense,
+    Pattern,
+    VerticalSlash,
+    options_of,
+)
 
 TILE = 64  # rows of a query tile in the cover rule
 
@@ -154,13 +161,14 @@ def vertical_slash_pairs(
     return torch.stack(counts)
 
 
-def _selected_block_pairs(q: Tensor, k: Tensor, top_k: int, exact: bool) -> Tensor:
+def _selected_block_pairs(q: Tensor, k: Tensor, pattern: BlockSparse, exact: bool) -> Tensor:
     """Pairs of each head; head by head, as a mask of all heads of a long prompt takes gigabytes."""
     group = q.shape[1] // k.shape[1]
     counts = []
     for head in range(q.shape[1]):
         kv = head // group
-        mask = ops.estimate_block_sparse(q[:, head : head + 1], k[:, kv : kv + 1], top_k=top_k)
+        own = q[:, head : head + 1], k[:, kv : kv + 1]
+        mask = ops.estimate_block_sparse(*own, top_k=pattern.top_k, **options_of(pattern))
         count = block_pairs(mask, TILE, TILE)
         if exact:  # a diagonal block's rows see its keys up to their own
             diagonal = mask[0].diagonal(dim1=1, dim2=2).sum(1)
@@ -178,11 +186,11 @@ def pattern_pairs(
     for pattern in set(patterns):
         if isinstance(pattern, VerticalSlash):
             lists = ops.estimate_vertical_slash(
-                q, k, num_columns=pattern.columns, num_offsets=pattern.offsets
+                q, k, num_columns=pattern.columns, num_offsets=pattern.offsets, share=pattern.share
             )
             counted = vertical_slash_pairs(*lists, tokens, exact=exact).cpu()
         elif isinstance(pattern, BlockSparse):
-            counted = _selected_block_pairs(q, k, pattern.top_k, exact).cpu()
+            counted = _selected_block_pairs(q, k, pattern, exact).cpu()
         elif isinstance(pattern, AShape):
             counted = torch.full((heads,), a_shape_pairs(tokens, pattern.sink, pattern.window))
         else:

@@ -16,6 +16,9 @@ Own format, one line a layer and one letter a head, so that a file can be read a
       ]
     }
 
+Patterns that choose their sizes by a share of the mass have ``"share"`` too, block-sparse ones may
+have ``"method"`` and ``"stride"``; what is left out has its default.
+
 With more than 52 distinct patterns the codes take several letters and spaces part them. ``model``
 may be null; keys other than these five are refused.
 """
@@ -28,7 +31,7 @@ import secrets
 import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -142,7 +145,7 @@ class PatternConfig:
     def dumps(self) -> str:
         """The own format as text."""
         counts = Counter(pattern for layer in self.layers for pattern in layer)
-        ranked = sorted(counts, key=lambda p: (-counts[p], p.code, p.sizes()))
+        ranked = sorted(counts, key=lambda p: (-counts[p], p.code, p.sizes(), p.options()))
         codes = dict(zip(ranked, _codes(len(ranked)), strict=True))
         gap = "" if len(ranked) <= len(string.ascii_letters) else " "
         palette = ",\n".join(
@@ -161,8 +164,10 @@ class PatternConfig:
 
 
 def pattern_to_json(pattern: Pattern) -> dict[str, Any]:
-    """``{"kind": ..., size: ...}``, the form a pattern has in files."""
-    return {"kind": pattern.kind, **asdict(pattern)}
+    """``{"kind": ..., size: ...}``, the form a pattern has in files; defaults are left out."""
+    defaults = {field.name: field.default for field in fields(pattern)}
+    sizes = {name: value for name, value in asdict(pattern).items() if value != defaults[name]}
+    return {"kind": pattern.kind, **sizes}
 
 
 def pattern_from_json(data: Any) -> Pattern:
@@ -173,8 +178,9 @@ def pattern_from_json(data: Any) -> Pattern:
     kind = sizes.pop("kind", None)
     if not isinstance(kind, str) or kind not in PATTERNS:
         raise ValueError(f"kind: expected one of {', '.join(PATTERNS)}, got {_short(kind)}")
-    names = [field.name for field in fields(PATTERNS[kind])]
-    if set(sizes) != set(names):
+    names = [field.name for field in fields(PATTERNS[kind]) if field.default is MISSING]
+    known = {field.name for field in fields(PATTERNS[kind])}
+    if not set(names) <= set(sizes) <= known:
         raise ValueError(
             f"{kind}: expected the sizes {', '.join(names) or '(none)'}, "
             f"got {', '.join(map(str, sizes)) or '(none)'}"

@@ -12,7 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseattn import ops, plots
-from sparseattn.patterns import AShape, BlockSparse, Dense, Pattern, VerticalSlash
+from sparseattn.patterns import (
+    AShape,
+    BlockSparse,
+    Dense,
+    Pattern,
+    VerticalSlash,
+    options_of,
+)
 
 _TILE = 64
 _CHUNK = 2**25  # mask or score elements held at once
@@ -30,7 +37,7 @@ class VisitedKeys:
         self.pattern, self.length, self.device = pattern, q.shape[2], q.device
         if isinstance(pattern, VerticalSlash):
             columns, offsets = ops.estimate_vertical_slash(
-                q, k, num_columns=pattern.columns, num_offsets=pattern.offsets
+                q, k, num_columns=pattern.columns, num_offsets=pattern.offsets, share=pattern.share
             )
             columns, offsets = (x[x >= 0].long() for x in (columns, offsets))
             self.column = torch.zeros(self.length, dtype=torch.bool, device=q.device)
@@ -43,7 +50,8 @@ class VisitedKeys:
             ends.index_add_(0, offsets + _TILE, -one)
             self.covered = ends.cumsum(0) > 0
         elif isinstance(pattern, BlockSparse):
-            self.blocks = ops.estimate_block_sparse(q, k, top_k=pattern.top_k)[0, 0]
+            blocks = ops.estimate_block_sparse(q, k, top_k=pattern.top_k, **options_of(pattern))
+            self.blocks = blocks[0, 0]
 
     def rows(self, rows: Tensor) -> Tensor:
         """bool [len(rows), L]: the keys that these query rows see."""

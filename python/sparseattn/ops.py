@@ -204,7 +204,13 @@ def sparse_attention(
 
 
 def flatten(patterns: Sequence[Pattern]) -> list[int]:
-    """Patterns as the flat (code, a, b) triples of ``torch.ops.sparseattn.sparse_attention``."""
+    """Patterns as the flat (code, a, b) triples of ``torch.ops.sparseattn.sparse_attention``.
+
+    ``a`` and ``b`` are the sizes (sink and window, columns and offsets, top_k and 0). Bits 0 to 7
+    of ``code`` are the kind: 0 dense, 1 A-shape, 2 vertical-slash, 3 block-sparse. Bits 8 to 15 are
+    the stride of antidiagonal scores (4, 8, 16 or 32; 0: means) and bits 16 to 35 the share in
+    millionths (0: none), so that a code below 4 is a pattern without options.
+    """
     if not isinstance(patterns, Sequence):
         raise TypeError(f"patterns: expected a sequence of patterns, got {type(patterns).__name__}")
     flat: list[int] = []
@@ -215,7 +221,7 @@ def flatten(patterns: Sequence[Pattern]) -> list[int]:
                 f"patterns: expected a pattern ({', '.join(p.__name__ for p in kinds)}) for head "
                 f"{head}, got {type(pattern).__name__}"
             )
-        flat += (pattern.code, *pattern.sizes())
+        flat += (pattern.code | pattern.options(), *pattern.sizes())
     return flat
 
 
@@ -228,6 +234,7 @@ def estimate_vertical_slash(
     last_q: int = 64,
     sink: int = 30,
     local: int = 100,
+    share: float | None = None,
     q_lens: Tensor | None = None,
     kv_lens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -238,6 +245,14 @@ def estimate_vertical_slash(
     ``(columns [batch, q_heads, num_columns], offsets [batch, q_heads, num_offsets])``, ascending,
     then ``-1`` where a prompt has fewer. Columns ``0 .. sink-1`` and offsets ``0 .. local-1`` rank
     before all others; equal masses rank by the smaller index.
+
+    With a ``share`` in (0, 1] (taken in millionths) the two numbers are limits, and a head keeps
+    the cheapest selection that covers this share of those rows' mass (the idea of FlexPrefill,
+    arXiv 2502.20766): what the forced columns and offsets cover is counted first; of the rest,
+    single columns and whole runs of offsets ``64 j .. 64 j + 63`` are taken by mass per cost, a run
+    costing as much as 16 columns, until the mass left uncovered is small enough, columns and
+    offsets taken as independent. Masses are added in fixed point, so results do not depend on
+    timing. ``sparseattn.reference.estimate_vertical_slash`` is the definition.
     """
     return _call(
         _ops.estimate_vertical_slash,
@@ -248,6 +263,7 @@ def estimate_vertical_slash(
         last_q=last_q,
         sink=sink,
         local=local,
+        share=share,
         q_lens=q_lens,
         kv_lens=kv_lens,
     )
@@ -259,6 +275,9 @@ def estimate_block_sparse(
     *,
     top_k: int,
     block: int = 64,
+    share: float | None = None,
+    method: str = "mean",
+    stride: int = 16,
     q_lens: Tensor | None = None,
     kv_lens: Tensor | None = None,
 ) -> Tensor:
@@ -270,6 +289,17 @@ def estimate_block_sparse(
     equal scores rank by the smaller index. Returns bool
     ``[batch, q_heads, ceil(q_len / block), ceil(kv_len / block)]`` for
     :func:`block_sparse_attention`.
+
+    ``method="antidiagonal"`` (XAttention, arXiv 2503.16428) scores a pair of blocks by the mean of
+    ``q_i . k_j`` over the pairs inside it with ``(i + j) % stride == stride - 1``, where what
+    alternates from row to row does not cancel. Every column is met, and every diagonal ``i - j``
+    that is odd. It is computed from the means of the rows of each residue ``i % stride``; in a
+    partial last block, those that exist count. ``stride`` is 4, 8, 16 or 32, and the cost grows
+    with it. On CUDA these means are rounded to the dtype of q and k.
+
+    With a ``share`` in (0, 1] (taken in millionths) ``top_k`` is a limit: a row keeps the fewest
+    blocks, the forced one first and then by score, whose weights reach the share, weights being the
+    softmax of the row's candidate scores times ``1/sqrt(head_dim)``.
     """
     return _call(
         _ops.estimate_block_sparse,
@@ -277,6 +307,9 @@ def estimate_block_sparse(
         k,
         top_k=top_k,
         block=block,
+        share=share,
+        method=method,
+        stride=stride,
         q_lens=q_lens,
         kv_lens=kv_lens,
     )

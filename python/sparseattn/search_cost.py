@@ -11,11 +11,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from sparseattn import ops
-from sparseattn.patterns import AShape, BlockSparse, Dense, Pattern, VerticalSlash
+from sparseattn.patterns import (
+    AShape,
+    BlockSparse,
+    Dense,
+    Pattern,
+    VerticalSlash,
+    options_of,
+)
 
 TILE = 64
 # A candidate may cost this much more than the budget.
@@ -90,12 +98,15 @@ def measured_cost(pattern: Pattern, q: torch.Tensor, k: torch.Tensor) -> list[fl
     heads, q_len, kv_len = q.shape[1], q.shape[2], k.shape[2]
     if isinstance(pattern, VerticalSlash):
         columns, offsets = ops.estimate_vertical_slash(
-            q, k, num_columns=pattern.columns, num_offsets=pattern.offsets
+            q, k, num_columns=pattern.columns, num_offsets=pattern.offsets, share=pattern.share
         )
         columns, offsets = columns[0].cpu(), offsets[0].cpu()
         return [vertical_slash_cost(columns[h], offsets[h], q_len, kv_len) for h in range(heads)]
     if isinstance(pattern, AShape):
         cost = a_shape_cost(pattern.sink, pattern.window, q_len, kv_len)
+    elif isinstance(pattern, BlockSparse) and pattern.share is not None:
+        blocks = ops.estimate_block_sparse(q, k, top_k=pattern.top_k, **options_of(pattern))
+        return [TILE * count for count in blocks[0].sum(-1).double().mean(-1).tolist()]
     elif isinstance(pattern, BlockSparse):
         cost = block_sparse_cost(pattern.top_k, q_len, kv_len)
     else:
@@ -116,13 +127,14 @@ def shrink(pattern: Pattern, steps: int) -> Pattern | None:
         offsets, columns = pattern.offsets, pattern.columns
         offset_steps = max((s for s in range(steps + 1) if _less(offsets, s) >= TILE), default=0)
         columns = _less(columns, steps - offset_steps)
-        return VerticalSlash(columns, _less(offsets, offset_steps)) if columns >= 1 else None
+        offsets = _less(offsets, offset_steps)
+        return replace(pattern, columns=columns, offsets=offsets) if columns >= 1 else None
     if isinstance(pattern, AShape):
         window = _less(pattern.window, steps)
         return AShape(pattern.sink, window) if window >= TILE else None
     if isinstance(pattern, BlockSparse):
         top_k = _less(pattern.top_k, steps)
-        return BlockSparse(top_k) if top_k >= 1 else None
+        return replace(pattern, top_k=top_k) if top_k >= 1 else None
     return None
 
 

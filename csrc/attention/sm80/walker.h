@@ -113,7 +113,8 @@ struct SlashWalker {
  private:
   __device__ int fill_segments(const WalkerContext& at, Step* steps) {
     const TileScope& scope = at.scope;
-    const Segment* segments = at.plan.segments + int64_t{at.task.slot} * at.plan.sizes.max_segments();
+    const Segment* segments =
+        at.plan.segments + int64_t{at.task.slot} * at.plan.sizes.max_segments();
     const int total = at.plan.num_segments[at.task.slot];
     int count = 0;
     while (count + 32 <= kMaxSteps) {

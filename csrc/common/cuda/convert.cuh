@@ -1,4 +1,4 @@
-// 16-byte pieces of 16-bit elements as floats.
+// 16-byte pieces of 16-bit elements as floats, and back.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -24,6 +24,25 @@ __device__ __forceinline__ void add_elements(float (&sum)[8], const uint4& piece
       sum[2 * i + 1] += __bfloat162float(__ushort_as_bfloat16(high));
     }
   }
+}
+
+/// The piece of eight elements nearest to `values`.
+template <class Element>
+__device__ __forceinline__ uint4 round_elements(const float (&values)[8]) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    uint32_t low, high;
+    if constexpr (std::is_same_v<Element, __half>) {
+      low = __half_as_ushort(__float2half_rn(values[2 * i]));
+      high = __half_as_ushort(__float2half_rn(values[2 * i + 1]));
+    } else {
+      low = __bfloat16_as_ushort(__float2bfloat16_rn(values[2 * i]));
+      high = __bfloat16_as_ushort(__float2bfloat16_rn(values[2 * i + 1]));
+    }
+    words[i] = high << 16 | low;
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
 }
 
 }  // namespace sparseattn::cuda

@@ -11,6 +11,7 @@
 #include "common/cpu/kernels.h"
 #include "common/cpu/work.h"
 #include "index/cpu/pick.h"
+#include "index/cpu/share.h"
 #include "sparseattn/cpu.h"
 
 namespace sparseattn::cpu {
@@ -27,6 +28,8 @@ struct Scratch {
   std::vector<float> columns;
   std::vector<float> offsets;  // offset o is at o + kOffsetBase: padding rows may reach below 0
   std::vector<int32_t> picked;
+  std::vector<int32_t> picked_offsets;
+  ShareScratch share;
 };
 constexpr int64_t kOffsetBase = kTileRows + kChunkKeys;
 
@@ -36,11 +39,18 @@ struct Head {
   int32_t rows;
 };
 
+/// What a pass leaves out besides later keys: columns [0, sink), offsets [0, local).
+struct Hidden {
+  int32_t sink;
+  int32_t local;
+};
+
 /// Calls body(panel, first key, padded count) with the masked scores of every chunk of keys.
 template <class Body>
-void for_each_chunk(const Kernels& kernels, const Shape& shape, const Head& head, Scratch& s,
-                    const Body& body) {
-  const int64_t first_position = int64_t{shape.kv_len} - head.rows;
+void for_each_chunk(const Kernels& kernels, const Shape& shape, const Head& head,
+                    const Hidden& hidden, Scratch& s, const Body& body) {
+  // Key k is visible from row k - first_position on.
+  const int64_t first_position = int64_t{shape.kv_len} - head.rows - hidden.local;
   int32_t key[kChunkKeys];
   int32_t first[kChunkKeys];
   int32_t last[kChunkKeys];
@@ -49,15 +59,16 @@ void for_each_chunk(const Kernels& kernels, const Shape& shape, const Head& head
     const int32_t padded = (count + kKeyGroup - 1) / kKeyGroup * kKeyGroup;
     for (int32_t i = 0; i < padded; ++i) {
       key[i] = static_cast<int32_t>(begin) + i;
-      first[i] = static_cast<int32_t>(std::max<int64_t>(0, begin + i - first_position));
-      last[i] = i < count ? kTileRows : 0;
+      first[i] = static_cast<int32_t>(
+          std::min<int64_t>(kTileRows, std::max<int64_t>(0, begin + i - first_position)));
+      last[i] = i < count && begin + i >= hidden.sink ? kTileRows : 0;
     }
     kernels.pack_keys(head.k, key, count, shape.head_dim, s.keys.data());
     for (int32_t panel = 0; panel * kPanelRows < head.rows; ++panel) {
       const int32_t row = panel * kPanelRows;
       kernels.scores(s.queries.data() + row * shape.head_dim, s.keys.data(), padded, shape.head_dim,
                      s.scores.data());
-      if (begin + padded > first_position) {
+      if (begin + padded > first_position || begin < hidden.sink) {
         kernels.mask(first, last, padded, row, s.scores.data());
       }
       body(panel, begin, padded);
@@ -65,15 +76,15 @@ void for_each_chunk(const Kernels& kernels, const Shape& shape, const Head& head
   }
 }
 
-/// Fills s.columns and s.offsets with the masses of one head.
+/// Fills s.columns and s.offsets with the masses of one head, less what is hidden.
 void sum_masses(const Kernels& kernels, const Shape& shape, float scale, const Head& head,
-                Scratch& s) {
+                const Hidden& hidden, Scratch& s) {
   kernels.pack_queries(head.q, head.rows, shape.head_dim, scale * kLog2e, s.queries.data());
   for (PanelState& state : s.state) {
     std::fill_n(state.max, kPanelRows, -INFINITY);
     std::fill_n(state.sum, kPanelRows, 0.0f);
   }
-  for_each_chunk(kernels, shape, head, s, [&](int32_t panel, int64_t, int32_t padded) {
+  for_each_chunk(kernels, shape, head, {0, 0}, s, [&](int32_t panel, int64_t, int32_t padded) {
     kernels.softmax(s.scores.data(), padded, &s.state[panel]);
   });
   for (int32_t r = 0; r < kTileRows; ++r) {
@@ -83,12 +94,19 @@ void sum_masses(const Kernels& kernels, const Shape& shape, float scale, const H
   s.columns.assign(shape.kv_len + kKeyGroup, 0.0f);
   s.offsets.assign(shape.kv_len + kOffsetBase + kTileRows, 0.0f);
   const int64_t first_position = int64_t{shape.kv_len} - head.rows;
-  for_each_chunk(kernels, shape, head, s, [&](int32_t panel, int64_t begin, int32_t padded) {
-    kernels.probabilities(s.scores.data(), padded, s.state[panel].max, s.factor[panel]);
-    const int64_t offset = first_position + panel * kPanelRows - begin;
-    kernels.add_mass(s.scores.data(), padded, s.columns.data() + begin,
-                     s.offsets.data() + kOffsetBase + offset);
-  });
+  for_each_chunk(
+      kernels, shape, head, hidden, s, [&](int32_t panel, int64_t begin, int32_t padded) {
+        kernels.probabilities(s.scores.data(), padded, s.state[panel].max, s.factor[panel]);
+        const int64_t offset = first_position + panel * kPanelRows - begin;
+        kernels.add_mass(s.scores.data(), padded, s.columns.data() + begin,
+                         s.offsets.data() + kOffsetBase + offset);
+      });
+}
+
+/// Writes a list ascending, then -1 to `length`.
+void write_list(std::vector<int32_t>* list, int32_t length, int32_t* out) {
+  std::sort(list->begin(), list->end());
+  std::fill(std::copy(list->begin(), list->end(), out), out + length, -1);
 }
 
 /// Writes the `count` largest of `masses` (the first `forced` before all), ascending, then -1.
@@ -123,13 +141,28 @@ Status estimate_vertical_slash(const VerticalSlashEstimate& p, const ParallelFor
         rows_of_head(p.k, p.dtype, sequence, q_head / shape.group(), 0),
         rows,
     };
-    sum_masses(kernels, own, p.scale, head, s);
-    select(s.columns.data(), own.kv_len, p.sink,
-           p.num_columns == nullptr ? p.max_columns : p.num_columns[ordinal], p.max_columns,
-           p.columns + item * p.max_columns, &s.picked);
-    select(s.offsets.data() + kOffsetBase, own.kv_len, p.local,
-           p.num_offsets == nullptr ? p.max_offsets : p.num_offsets[ordinal], p.max_offsets,
-           p.offsets + item * p.max_offsets, &s.picked);
+    int32_t* columns = p.columns + item * p.max_columns;
+    int32_t* offsets = p.offsets + item * p.max_offsets;
+    const int32_t num_columns = p.num_columns == nullptr ? p.max_columns : p.num_columns[ordinal];
+    const int32_t num_offsets = p.num_offsets == nullptr ? p.max_offsets : p.num_offsets[ordinal];
+    const int32_t share = p.shares == nullptr ? p.share : p.shares[ordinal];
+    if (share > 0) {
+      ShareLimits limits{own.kv_len, rows, 0, 0, 0, 0, share};
+      limits.columns = std::min({num_columns, p.max_columns, own.kv_len});
+      limits.offsets = std::min({num_offsets, p.max_offsets, own.kv_len});
+      limits.sink = std::min(p.sink, limits.columns);
+      limits.local = std::min(p.local, limits.offsets);
+      sum_masses(kernels, own, p.scale, head, {limits.sink, limits.local}, s);
+      select_by_share(s.columns.data(), s.offsets.data() + kOffsetBase, limits, &s.share, &s.picked,
+                      &s.picked_offsets);
+      write_list(&s.picked, p.max_columns, columns);
+      write_list(&s.picked_offsets, p.max_offsets, offsets);
+      return;
+    }
+    sum_masses(kernels, own, p.scale, head, {0, 0}, s);
+    select(s.columns.data(), own.kv_len, p.sink, num_columns, p.max_columns, columns, &s.picked);
+    select(s.offsets.data() + kOffsetBase, own.kv_len, p.local, num_offsets, p.max_offsets, offsets,
+           &s.picked);
   });
   return {};
 }

@@ -26,6 +26,7 @@ __global__ void __launch_bounds__(kMeanThreads)
   const int block = static_cast<int>(cta % blocks);
   const int64_t row = cta / blocks;
   const int ordinal = static_cast<int>(row % heads);
+  if (is_query && in.strides != nullptr && in.strides[ordinal] != in.stride) return;
   const Shape own = sequence_shape(shape, in.lengths, row / heads);
   const int length = is_query ? own.q_len : own.kv_len;
   const int64_t head = is_query ? listed_head(in.head_ids, ordinal) : ordinal;

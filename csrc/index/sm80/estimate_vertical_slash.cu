@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "common/cuda/launch.h"
+#include "index/mass.h"
 #include "index/sm80/vertical_slash_job.h"
 
 namespace sparseattn {
@@ -44,6 +45,13 @@ size_t lay_out(VerticalSlashJob& job, void* workspace) {
   job.spill = static_cast<float*>(take(chunk_entries * sizeof(float)));
   job.partial = static_cast<float2*>(take(chunk_entries * sizeof(float2)));
   job.normalizer = static_cast<float*>(take(rows * 64 * sizeof(float)));
+  job.runs = static_cast<int32_t>(cuda::ceil_div(shape.kv_len, index::kRunOffsets));
+  if (job.any_share()) {
+    const size_t entries = rows * job.runs;
+    job.run_mass = static_cast<float*>(take(entries * sizeof(float)));
+    job.column_sum = static_cast<uint64_t*>(take(entries * sizeof(uint64_t)));
+    job.run_list = static_cast<int32_t*>(take(entries * sizeof(int32_t)));
+  }
   return used;
 }
 
@@ -87,6 +95,7 @@ Status run_round(const VerticalSlashJob& job, cudaStream_t stream) {
   if (status.ok()) status = launch_normalizers(job, stream);
   if (status.ok()) status = launch_masses<kHeadDim>(job, stream);
   if (status.ok()) status = launch_select_indices(job, stream);
+  if (status.ok() && job.any_share()) status = launch_select_share(job, stream);
   return status;
 }
 
@@ -106,6 +115,9 @@ Status check(const VerticalSlashEstimate& params) {
   }
   if (params.heads > shape.q_heads) {
     return {1, "estimate_vertical_slash: heads exceeds the query heads"};
+  }
+  if (params.share < 0 || params.share > kWholeShare) {
+    return {1, "estimate_vertical_slash: share must be in 0 .. 1000000 millionths"};
   }
   const int64_t entries = static_cast<int64_t>(shape.batch) * shape.q_heads;
   if (!cuda::grid_fits(entries * 2 * kMaxChunks)) {

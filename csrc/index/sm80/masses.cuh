@@ -19,16 +19,21 @@
 
 namespace sparseattn::index_sm80 {
 
-/// Eight arrays of 64 rows, padded so that a half-warp's 8-byte stores hit 32 banks.
+/// A warp's shared memory: eight arrays of 64 rows, padded so that a half-warp's 8-byte stores hit
+/// 32 banks, and what is left out of the masses, for which there are no registers.
 struct DiagonalArrays {
   static constexpr int kStride = 72;
   float values[8 * kStride];
+  int32_t late;  // query row i does not count keys beyond late + i
+  int32_t sink;  // nor keys below sink
+  int32_t padding[2];
 };
 
 struct Masses {
   const VerticalSlashJob& job;
   const ChunkScope& scope;
   int lane, g, t;
+  DiagonalArrays& shared;
   float* arrays;
   float normalizer[8][2];
   float columns[2][2];     // [half of the step][key half]
@@ -41,7 +46,9 @@ struct Masses {
         lane(threadIdx.x % 32),
         g(lane / 4),
         t(lane % 4),
+        shared(shared),
         arrays(shared.values) {
+    hide_forced();
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
 #pragma unroll
@@ -64,7 +71,7 @@ struct Masses {
         scores[n][i] = cuda::exp2_approx(fmaf(scores[n][i], job.scale_log2, -normalizer[n][i % 2]));
       }
     }
-    if (key + 15 > scope.own.origin) hide_future(scores, key);
+    if (key + 15 > shared.late || key < shared.sink) hide(scores, key);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       float sum = 0.f;
@@ -90,13 +97,32 @@ struct Masses {
   }
 
  private:
-  __device__ __forceinline__ void hide_future(float (&scores)[8][4], int key) const {
+  /// Where a share is asked for, the masses leave out what the forced columns and offsets hold.
+  __device__ __forceinline__ void hide_forced() {
+    const VerticalSlashEstimate& in = job.in;
+    int late = scope.own.origin, sink = 0;
+    const int ordinal = listed_ordinal(in.head_ids, in.heads, scope.head);
+    if (ordinal >= 0 && share_of(in.shares, ordinal, in.share) > 0) {
+      const int columns = budget_of(in.num_columns, ordinal, in.max_columns);
+      const int offsets = budget_of(in.num_offsets, ordinal, in.max_offsets);
+      sink = min(in.sink, columns);
+      late -= min(min(in.local, offsets), scope.own.kv_len);
+    }
+    if (lane == 0) {
+      shared.late = late;
+      shared.sink = sink;
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void hide(float (&scores)[8][4], int key) const {
+    const int late = shared.late, sink = shared.sink;
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int position = scope.own.origin + 8 * n + 2 * t + i % 2;
-        if (key + g + i / 2 * 8 > position) scores[n][i] = 0.f;
+        const int at = key + g + i / 2 * 8;
+        if (at > late + 8 * n + 2 * t + i % 2 || at < sink) scores[n][i] = 0.f;
       }
     }
   }

@@ -9,8 +9,8 @@ constexpr int kPackThreads = 256;
 constexpr int kPiecesPerThread = 4;
 constexpr int kPackPieces = kPackThreads * kPiecesPerThread;
 
-/// A CTA copies kPackPieces consecutive pieces of one slot's packed rows, keys and values. Rows from
-/// num_columns to the next multiple of 64 become zero: they are loaded, and must not hold NaN.
+/// A CTA copies kPackPieces consecutive pieces of one slot's packed rows, keys and values. Rows
+/// from num_columns to the next multiple of 64 become zero: they are loaded, and must not hold NaN.
 __global__ void __launch_bounds__(kPackThreads)
     pack_columns_kernel(const __grid_constant__ Plan plan, const __grid_constant__ View k,
                         const __grid_constant__ View v, int32_t ctas_per_slot,

@@ -47,9 +47,12 @@ __global__ void __launch_bounds__(kThreads)
     plan.vs_heads[ordinal] = head;
     plan.vs_budget[ordinal] = pattern.a;
     plan.vs_budget[sizes.vs_heads + ordinal] = pattern.b;
+    plan.vs_share[ordinal] = pattern.share;
   } else if (pattern.kind == PatternKind::kBlockSparse) {
     plan.bs_heads[ordinal] = head;
     plan.bs_budget[ordinal] = pattern.a;
+    plan.bs_share[ordinal] = pattern.share;
+    plan.bs_stride[ordinal] = pattern.stride;
   }
 }
 

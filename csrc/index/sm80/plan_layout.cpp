@@ -45,8 +45,11 @@ Plan carve(const PlanSizes& sizes, Carver& carver) {
   plan.heads = carver.take<HeadTask>(batch * shape.q_heads);
   plan.vs_heads = carver.take<int32_t>(sizes.vs_heads);
   plan.vs_budget = carver.take<int32_t>(2 * static_cast<size_t>(sizes.vs_heads));
+  plan.vs_share = carver.take<int32_t>(sizes.vs_heads);
   plan.bs_heads = carver.take<int32_t>(sizes.bs_heads);
   plan.bs_budget = carver.take<int32_t>(sizes.bs_heads);
+  plan.bs_share = carver.take<int32_t>(sizes.bs_heads);
+  plan.bs_stride = carver.take<int32_t>(sizes.bs_heads);
   plan.num_segments = carver.take<int32_t>(vs_slots);
   plan.num_columns = carver.take<int32_t>(vs_slots);
   plan.segments = carver.take<Segment>(vs_slots * sizes.max_segments());

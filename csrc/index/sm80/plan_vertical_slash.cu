@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(kMarkThreads)
   if (word >= words) return;
   const int32_t span = sizes.shape_of(slot / sizes.vs_heads).kv_len + kTileRows;
   const uint32_t* offsets = plan.offset_bits + row;
-  const uint32_t covered = cover_word(offsets[word], word > 0 ? offsets[word - 1] : 0,
-                                      word > 1 ? offsets[word - 2] : 0);
+  const uint32_t covered =
+      cover_word(offsets[word], word > 0 ? offsets[word - 1] : 0, word > 1 ? offsets[word - 2] : 0);
   plan.cover[row + word] = clip_word(covered, 32 * word, span);
 }
 

@@ -6,6 +6,7 @@
 #include "index/sm80/block_sparse_job.h"
 #include "index/sm80/head_list.cuh"
 #include "index/sm80/select.cuh"
+#include "index/sm80/share_blocks.cuh"
 
 namespace sparseattn::index_sm80 {
 namespace {
@@ -36,11 +37,12 @@ template <int kRows>
 using RowTeam = cuda::Team<kBlockWarps / kRows>;
 
 /// Shared memory of a CTA: scratch of each team, query means [head_dim, kRows], scores
-/// [kRows, mean_stride].
+/// [kRows, mean_stride], and where a head has a share the scratch that cuts a row.
 template <int kRows>
 size_t shared_bytes(const BlockSparseJob& job) {
+  const size_t cut = job.any_share() ? sizeof(RowCutScratch<RowTeam<kRows>>) : 0;
   return kRows * (sizeof(SelectScratch<RowTeam<kRows>, kDigitBits>) +
-                  sizeof(float) * job.in.shape.head_dim + sizeof(float) * job.mean_stride);
+                  sizeof(float) * job.in.shape.head_dim + sizeof(float) * job.mean_stride + cut);
 }
 
 template <int kRows>
@@ -121,24 +123,41 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   float* queries = reinterpret_cast<float*>(smem + kRows * sizeof(Scratch));
   float* scores = queries + kRows * dim;
 
-  const int64_t slot = blockIdx.x / ctas_per_head;  // of [batch, heads]
-  const int first_row = static_cast<int>(blockIdx.x % ctas_per_head) * kRows;
+  // A group of CTAs is a slot of [batch, heads], or a panel of one.
+  const bool is_scored = in.stride > 0;
+  const int64_t group = blockIdx.x / ctas_per_head;
+  const int64_t panel = job.first_panel + group;
+  const int64_t slot = is_scored ? panel / job.slot_panels : group;
+  const int group_row = static_cast<int>(blockIdx.x % ctas_per_head) * kRows;
+  const int first_row =
+      group_row + (is_scored ? static_cast<int>(panel % job.slot_panels) * kPanelBlocks : 0);
   const int ordinal = static_cast<int>(slot % in.heads);
+  if (first_row >= job.q_blocks) return;
+  if (in.strides != nullptr && in.strides[ordinal] != in.stride) return;
   const int64_t kv_head = listed_head(in.head_ids, ordinal) / (shape.q_heads / shape.kv_heads);
   const int64_t sequence = slot / in.heads;
   const int64_t k_row = sequence * shape.kv_heads + kv_head;
   const Shape own = sequence_shape(shape, in.lengths, sequence);
   const int own_blocks = (own.q_len + in.block - 1) / in.block;
 
-  for (int i = threadIdx.x; i < kRows * dim; i += kBlockThreads) {
-    const int row = first_row + i / dim;
-    queries[i % dim * kRows + i / dim] =
-        row < own_blocks ? job.q_means[(slot * job.q_blocks + row) * dim + i % dim] : 0.f;
-  }
-  __syncthreads();
   const int last_row = max(first_row, min(first_row + kRows, own_blocks) - 1);
-  score_rows<kRows>(job, job.k_means + k_row * dim * job.mean_stride, queries,
-                    RowScope(own, in.block, last_row).candidates, scores);
+  const int candidates = RowScope(own, in.block, last_row).candidates;
+  if (is_scored) {
+    for (int row = 0; row <= last_row - first_row; ++row) {
+      const float* from = job.scores + (group * kPanelBlocks + group_row + row) * job.mean_stride;
+      float* to = scores + row * job.mean_stride;
+      for (int i = threadIdx.x; i < candidates; i += kBlockThreads) to[i] = from[i];
+    }
+  } else {
+    for (int i = threadIdx.x; i < kRows * dim; i += kBlockThreads) {
+      const int row = first_row + i / dim;
+      queries[i % dim * kRows + i / dim] =
+          row < own_blocks ? job.q_means[(slot * job.q_blocks + row) * dim + i % dim] : 0.f;
+    }
+    __syncthreads();
+    score_rows<kRows>(job, job.k_means + k_row * dim * job.mean_stride, queries, candidates,
+                      scores);
+  }
   __syncthreads();
 
   const int row = first_row + Team::index();
@@ -150,7 +169,15 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
   };
   const int32_t k = min(budget_of(in.top_k, ordinal, in.max_top_k), scope.candidates);
   Scratch& team = scratch[Team::index()];
-  const Threshold threshold = find_threshold<Team, kDigitBits>(scope.candidates, k, key_at, team);
+  Threshold threshold = find_threshold<Team, kDigitBits>(scope.candidates, k, key_at, team);
+  const int32_t share = share_of(in.shares, ordinal, in.share);
+  if (share > 0 && scope.candidates > 0) {
+    // Behind the scores; both are multiples of 8 bytes long.
+    auto* cut = reinterpret_cast<RowCutScratch<Team>*>(scores + kRows * job.mean_stride);
+    threshold = cut_to_share<Team>(row_scores, scope.candidates, scope.forced, threshold,
+                                   rsqrtf(static_cast<float>(dim)) * 1.44269504f, share,
+                                   cut[Team::index()]);
+  }
   write_row<Team>(job, slot * job.q_blocks + row, scope, threshold, key_at, team.scan);
 }
 
@@ -158,8 +185,12 @@ namespace {
 
 template <int kRows>
 Status launch_rows(const BlockSparseJob& job, cudaStream_t stream) {
-  const int64_t ctas_per_head = cuda::ceil_div(job.q_blocks, kRows);
-  const int64_t ctas = static_cast<int64_t>(job.in.shape.batch) * job.in.heads * ctas_per_head;
+  static_assert(kPanelBlocks % kRows == 0);
+  const bool is_scored = job.in.stride > 0;
+  const int64_t ctas_per_head =
+      is_scored ? kPanelBlocks / kRows : cuda::ceil_div(job.q_blocks, kRows);
+  const int64_t heads = static_cast<int64_t>(job.in.shape.batch) * job.in.heads;
+  const int64_t ctas = (is_scored ? job.panels : heads) * ctas_per_head;
   if (!cuda::grid_fits(ctas)) {
     return {1, "estimate_block_sparse: more blocks than a grid can hold"};
   }
@@ -180,6 +211,10 @@ Status launch_select_blocks(const BlockSparseJob& job, cudaStream_t stream) {
   if (shared_bytes<4>(job) <= kMaxSharedBytes) return launch_rows<4>(job, stream);
   if (shared_bytes<2>(job) <= kMaxSharedBytes) return launch_rows<2>(job, stream);
   if (shared_bytes<1>(job) <= kMaxSharedBytes) return launch_rows<1>(job, stream);
+  if (job.any_share()) {
+    return {1,
+            "estimate_block_sparse: a row of more than 24384 key blocks has no room for a share"};
+  }
   return {1, "estimate_block_sparse: a row of more than 24576 key blocks is not supported"};
 }
 

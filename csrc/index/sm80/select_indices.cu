@@ -127,6 +127,8 @@ __global__ void __launch_bounds__(SelectTeam::kThreads)
   const int head = listed_head(in.head_ids, ordinal);
   const int64_t unit = static_cast<int64_t>(sequence) * shape.kv_heads + head / group;
   if (unit < job.first_unit || unit >= job.first_unit + job.units) return;
+  // launch_select_share lists the offsets of heads with a share.
+  if (is_offsets && share_of(in.shares, ordinal, in.share) > 0) return;
   const int64_t row = (unit - job.first_unit) * group + head % group;
 
   const int32_t limit = is_offsets ? in.max_offsets : in.max_columns;

@@ -37,7 +37,13 @@ struct VerticalSlashJob {
   float2* partial;      // [rows, max_chunks, 64] of a chunk and query row: maximum of the scores
                         //   in base 2, sum of 2^(score - maximum)
   float* normalizer;    // [rows, 64] log2 of a query row's sum over all keys; +inf: not a row
+  // Of heads with a share; null where no head has one. See index/mass.h.
+  int32_t runs;          // runs of 64 offsets, the last one shorter
+  float* run_mass;       // [rows, runs]
+  uint64_t* column_sum;  // [rows, runs] fixed-point mass of columns 64 j .. 64 j + 63
+  int32_t* run_list;     // [rows, runs] scratch: runs that the limit has room for
 
+  __host__ __device__ bool any_share() const { return in.shares != nullptr || in.share > 0; }
   __host__ __device__ int64_t rows() const {
     return static_cast<int64_t>(units) * (in.shape.q_heads / in.shape.kv_heads);
   }
@@ -70,7 +76,10 @@ Status launch_masses(const VerticalSlashJob& job, cudaStream_t stream);
 
 /// Between the passes: `partial` to `normalizer`.
 Status launch_normalizers(const VerticalSlashJob& job, cudaStream_t stream);
-/// After them: masses to the lists of columns and offsets of the job's heads.
+/// After them: masses to the lists of columns and offsets of the job's heads. Heads with a share
+/// get the columns of largest mass that their limit has room for.
 Status launch_select_indices(const VerticalSlashJob& job, cudaStream_t stream);
+/// After that, for heads with a share: the columns kept of these, and the offsets.
+Status launch_select_share(const VerticalSlashJob& job, cudaStream_t stream);
 
 }  // namespace sparseattn::index_sm80
