@@ -65,6 +65,8 @@ def path(device: str | torch.device, dtype: torch.dtype, head_dim: int) -> str:
     capability = torch.cuda.get_device_capability(device)
     if capability < _OLDEST_CAPABILITY:
         return f"refused: device: expected sm_80 or newer, got sm_{capability[0]}{capability[1]}"
+    if capability == (9, 0) and "90a" in _C.build_info()["cuda_architectures"]:
+        return "sm90 WGMMA and TMA"
     return "sm80 portable mma.sync"
 
 

@@ -23,8 +23,9 @@ struct Traits {
   using Element = Element_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kThreads = 128 * (1 + kConsumers);
-  static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = 232;
+  /// A thread's, within the 168 that a launch gives each; accumulators set the consumers' need.
+  static constexpr int kProducerRegisters = kHeadDim == 128 ? 40 : 88;
+  static constexpr int kConsumerRegisters = kHeadDim == 128 ? 232 : 208;
 
   /// Rows are cut into swizzled pieces of kAtomCols: 128 bytes, or 64 where head_dim is no
   /// multiple.
