@@ -217,7 +217,7 @@ struct SlashWalker {
           if (box.bits[w][half] != 0) box.flags |= Box::kOwner << w;
           if (__any_sync(~0u, seen && position > scope.first[w])) box.flags |= Box::kByRow << w;
         }
-        done = done || __any_sync(~0u, position >= last);
+        done = __any_sync(~0u, position >= last) || done;
       }
 #pragma unroll
       for (int w = 0; w < kConsumers; ++w) {

@@ -63,7 +63,8 @@ __device__ __forceinline__ void add_weights(unsigned long long* bins, int bin, u
     const uint32_t voters = __ballot_sync(cuda::kFullWarp, counts);
     if (voters == 0) return;
     const int leader = __ffs(static_cast<int>(voters)) - 1;
-    const bool agrees = counts && bin == __shfl_sync(cuda::kFullWarp, bin, leader);
+    const int leader_bin = __shfl_sync(cuda::kFullWarp, bin, leader);  // every lane takes part
+    const bool agrees = counts && bin == leader_bin;
     const unsigned long long sum = cuda::warp_sum<unsigned long long>(agrees ? weight : 0);
     if (static_cast<int>(threadIdx.x % 32) == leader) atomicAdd(bins + bin, sum);
     counts = counts && !agrees;
