@@ -1,4 +1,4 @@
-"""Fails if a kernel spills registers beyond what is allowed here, with reasons, or serialises wgmma.
+"""Fails if a kernel spills registers beyond what is allowed here or serialises wgmma.
 
     python tools/check_sass.py BUILD_LOG [--library libsparseattn_cuda.so]
 
