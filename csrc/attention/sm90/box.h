@@ -83,10 +83,6 @@ struct PairScope {
       last[w] = row < tile.q_len ? min(end[w], tile.kv_len) : 0;
     }
   }
-  /// first[w] and last[w] for a w that is not known before: no indexed array, which would be
-  /// memory.
-  __device__ int first_of(int w) const { return w == 0 ? first[0] : first[1]; }
-  __device__ int last_of(int w) const { return w == 0 ? last[0] : last[1]; }
   __device__ int last_of_pair() const { return max(last[0], last[1]); }
 };
 

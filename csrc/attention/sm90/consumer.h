@@ -36,8 +36,9 @@ class Consumer {
       smem_.tile_full[tile.index].wait(tile.parity);
       if (smem_.tiles[tile.index].sequence < 0) break;
       smem_.query_full.wait(query_parity);
-      attend(smem_.tiles[tile.index]);
+      load_query();
       release(smem_.query_free);
+      attend(smem_.tiles[tile.index]);
       store(smem_.tiles[tile.index]);
       release(smem_.tile_free[tile.index]);
     }
@@ -69,6 +70,25 @@ class Consumer {
   __device__ __forceinline__ void release(cuda::MBarrier& barrier) {
     __syncwarp();
     if (thread_ % 32 == 0) barrier.arrive();
+  }
+
+  __device__ void load_query() {
+    const int warp = thread_ / 32, lane = thread_ % 32;
+    const int row = warp * 16 + lane % 16;
+    constexpr int kAtomPieces = Traits::kAtomCols / 8;
+    const int swizzle = kAtomPieces == 8 ? row % 8 : row / 2 % 4;
+    auto words = cute::recast<uint32_t>(query_);
+#pragma unroll
+    for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
+      const int piece = 2 * k + lane / 16;
+      const Element* from = smem_.query[index_] +
+                            (piece / kAtomPieces * kBoxRows + row) * Traits::kAtomCols +
+                            8 * (piece % kAtomPieces ^ swizzle);
+      uint32_t fragment[4];
+      cuda::ldmatrix_x4(fragment, from);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words(4 * k + i) = fragment[i];
+    }
   }
 
   __device__ __forceinline__ bool round_is_there() {
@@ -122,12 +142,14 @@ class Consumer {
         RoundWord next;
         ahead = __all_sync(~0u, there);
         if (ahead) read_round(next);
-        // The products of this consumer end one after the other, the scores first; the output of
-        // the step before must be there, too, before its probabilities are replaced.
         cute::warpgroup_wait<1>();
         finish_scores(step, scores, tile);
+        float rescale[2];
+        const bool changed = softmax_.raise(scores, scale_log2_, rescale);
+        // By now the output of the step before is there, and its probabilities may be replaced.
         finish_output(before);
-        make_probabilities(scores, probabilities);
+        if (changed) scale_output(rescale);
+        exponentiate(scores, probabilities);
         before = step;
         step = next;
       }
@@ -149,18 +171,15 @@ class Consumer {
     pass_turn();
     cute::warpgroup_wait<0>();
     finish_scores(step, scores, tile);
-    make_probabilities(scores, probabilities);
+    float rescale[2];
+    if (softmax_.raise(scores, scale_log2_, rescale)) scale_output(rescale);
+    exponentiate(scores, probabilities);
   }
 
-  __device__ __forceinline__ void make_probabilities(const Scores& scores, Probabilities& out) {
+  __device__ __forceinline__ void exponentiate(const Scores& scores, Probabilities& out) {
     auto words = cute::recast<uint32_t>(out);
-    const auto write = [&](int i, float a, float b) { words(i) = pack(a, b); };
-    // In the first steps of a tile the references rise; later this is rare.
-    while (!softmax_.exponentiate(scores, scale_log2_, write)) {
-      float rescale[2];
-      softmax_.raise(scores, scale_log2_, rescale);
-      scale_output(rescale);
-    }
+    softmax_.exponentiate(scores, scale_log2_,
+                          [&](int i, float a, float b) { words(i) = pack(a, b); });
   }
 
   __device__ __forceinline__ void scale_output(const float (&rescale)[2]) {
@@ -225,12 +244,10 @@ class Consumer {
     const auto slice = mma.get_slice(0);
     const auto keys = slice.partition_fragment_B(
         make_tensor(make_smem_ptr(smem_.keys[0]), typename Traits::KeyLayout{}));
-    const auto query = slice.partition_fragment_A(
-        make_tensor(make_smem_ptr(smem_.query[index_]), typename Traits::QueryLayout{}));
     mma.accumulate_ = GMMA::ScaleOut::Zero;
 #pragma unroll
     for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
-      gemm(mma, query(_, _, k), keys(_, _, k, stage), out);
+      gemm(mma, query_(_, _, k), keys(_, _, k, stage), out);
       mma.accumulate_ = GMMA::ScaleOut::One;
     }
   }
@@ -369,8 +386,9 @@ class Consumer {
   const int index_, thread_;
   const float scale_log2_;
   RingPosition<kRounds> round_;
+  Operand<Traits::kHeadDim> query_;
   Output output_;
-  OnlineSoftmax<Traits::kSlack> softmax_;
+  OnlineSoftmax softmax_;
 };
 
 }  // namespace sparseattn::sm90

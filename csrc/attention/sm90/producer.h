@@ -52,15 +52,15 @@ class Planner {
       uint32_t number = 0;
       if (lane_ == 0) number = atomicAdd(params_.plan.next_tile, 1u);
       number = __shfl_sync(~0u, number, 0);
+      Tile tile{-1, 0, 0, 0, 0, {}};
+      if (number < tiles) tile = tile_of(params_, number);
       smem_.tile_free[tile_.index].wait(tile_.parity ^ 1);
-      Tile& tile = smem_.tiles[tile_.index];
       if (lane_ == 0) {
-        tile = number < tiles ? tile_of(params_, number) : Tile{-1, 0, 0, 0, 0, {}};
+        smem_.tiles[tile_.index] = tile;
         smem_.tile_full[tile_.index].arrive();
       }
-      __syncwarp();
       tile_.advance();
-      if (number >= tiles) {
+      if (tile.sequence < 0) {
         begin_batch();
         end_batch(kBatchStop);
         return;
@@ -81,7 +81,7 @@ class Planner {
  private:
   template <class Walker>
   __device__ __forceinline__ void walk(const Tile& tile) {
-    const WalkerContext at{params_.plan, tile, lane_};
+    const WalkerContext at{params_.plan, tile.task, PairScope(tile), tile.first_row, lane_};
     Walker walker;
     for (bool done = false; !done;) {
       begin_batch();
@@ -215,73 +215,87 @@ class Loader {
   int sequence_ = 0, kv_head_ = 0, packed_row_ = 0;
 };
 
-/// Gives the boxes to their owners, round by round. Lane w deals for consumer w.
+/// Gives the boxes to their owners, round by round.
 template <class Traits>
 class Dealer {
  public:
   using Storage = typename Traits::SharedStorage;
   static constexpr int kMaxHold = 3;
 
-  __device__ Dealer(Storage& smem, int lane) : smem_(smem), lane_(lane), consumer_(lane % 2) {}
+  __device__ Dealer(Storage& smem, int lane) : smem_(smem), lane_(lane) {}
 
   __device__ void run() { read_boxes(smem_, lane_, *this); }
 
   __device__ void begin_tile() {}
 
   __device__ __forceinline__ void box(const Box& box) {
-    const uint32_t flags = box.flags >> consumer_;
-    const uint32_t own =
-        RoundWord::of_box(at_.index, at_.parity, flags & (Box::kMasked | Box::kByRow));
-    uint32_t word = 0;
-    if (flags & Box::kOwner) {
-      if (age_ != 0) word = RoundWord::kStep | held_ | RoundWord::second(own);
-      held_ = own;
-      age_ = age_ == 0;
-    } else if (age_ != 0 && ++age_ > kMaxHold) {
-      word = step_with_held();
+    const uint32_t flags = box.flags;
+    // The second consumer comes first: its tile begins where the keys do.
+#pragma unroll
+    for (int w = kConsumers - 1; w >= 0; --w) {
+      const bool masked = flags >> w & (Box::kMasked | Box::kByRow);
+      const uint32_t own = RoundWord::of_box(at_.index, at_.parity, masked);
+      if (flags >> w & Box::kOwner) {
+        if (age_[w] != 0) push_step(w, RoundWord::kStep | held_[w] | RoundWord::second(own));
+        held_[w] = own;
+        age_[w] = age_[w] == 0;
+      } else if (age_[w] != 0 && ++age_[w] > kMaxHold) {
+        push_step(w, step_with_held(w));
+      }
     }
-    // A second step of the other, and still none here: this one passes.
-    const int other_rounds = __shfl_xor_sync(~0u, rounds_, 1);
-    const bool other_steps = __shfl_xor_sync(~0u, word, 1) != 0;
-    const bool passes = word == 0 && other_steps && other_rounds > rounds_;
-    if (word != 0 || passes) push(word);
     at_.advance();
   }
 
   /// Evens out the rounds and ends the tile with one more, in which consumers step with what they
   /// still hold.
   __device__ void end_tile() {
-    if (rounds_ < __shfl_xor_sync(~0u, rounds_, 1)) push(step_with_held());
-    push(RoundWord::kEnd | step_with_held());
-    rounds_ = 0;
+#pragma unroll
+    for (int w = 0; w < kConsumers; ++w) {
+      if (lead_[w] < lead_[1 - w]) push_step(w, step_with_held(w));
+    }
+#pragma unroll
+    for (int w = 0; w < kConsumers; ++w) push(w, RoundWord::kEnd | step_with_held(w));
+    lead_[0] = lead_[1] = 0;
   }
 
  private:
-  /// A step with the one box that the consumer holds, or none.
-  __device__ __forceinline__ uint32_t step_with_held() {
-    if (age_ == 0) return 0;
-    age_ = 0;
-    return RoundWord::kStep | RoundWord::kSingle | RoundWord::kMask << 1 | held_ |
-           RoundWord::second(held_);
+  /// A step with the one box that consumer w holds, or none.
+  __device__ __forceinline__ uint32_t step_with_held(int w) {
+    if (age_[w] == 0) return 0;
+    age_[w] = 0;
+    return RoundWord::kStep | RoundWord::kSingle | RoundWord::kMask << 1 | held_[w] |
+           RoundWord::second(held_[w]);
   }
 
-  __device__ __forceinline__ void push(uint32_t word) {
-    if (lane_ < kConsumers) {
-      smem_.round_free[consumer_][round_.index].wait(round_.parity ^ 1);
-      smem_.rounds[consumer_][round_.index] = word;
-      smem_.round_full[consumer_][round_.index].arrive();
+  /// The next round of consumer w. The other, where it has had no step since this one's last,
+  /// passes.
+  __device__ __forceinline__ void push_step(int w, uint32_t word) {
+    if (lead_[w] > lead_[1 - w]) {
+      push(1 - w, 0);
+      ++lead_[1 - w];
     }
-    round_.advance();
-    ++rounds_;
+    push(w, word);
+    ++lead_[w];
+  }
+
+  __device__ __forceinline__ void push(int w, uint32_t word) {
+    auto& round = round_[w];
+    smem_.round_free[w][round.index].wait(round.parity ^ 1);
+    if (lane_ == 0) {
+      smem_.rounds[w][round.index] = word;
+      smem_.round_full[w][round.index].arrive();
+    }
+    __syncwarp();
+    round.advance();
   }
 
   Storage& smem_;
-  const int lane_, consumer_;
+  const int lane_;
   RingPosition<Traits::kStages> at_;
-  RingPosition<kRounds> round_;
-  uint32_t held_ = 0;  // RoundWord of the box that the consumer holds
-  int age_ = 0;        // 0: holds none; else 1 + the boxes gone by since
-  int rounds_ = 0;     // of the tile so far
+  RingPosition<kRounds> round_[kConsumers];
+  uint32_t held_[kConsumers] = {0, 0};  // RoundWord of the box that a consumer holds
+  int age_[kConsumers] = {0, 0};        // 0: holds none; else 1 + the boxes gone by since
+  int lead_[kConsumers] = {0, 0};       // rounds of the tile so far
 };
 
 }  // namespace sparseattn::sm90

@@ -15,15 +15,9 @@ __device__ __forceinline__ float quad_sum(float x) {
 }
 
 /// Fragments are accumulators, element 4 n + 2 row + c: column 8 n + 2 (lane % 4) + c.
-///
-/// Probabilities are relative to a reference, a maximum of earlier scores that may be behind by
-/// kSlack (base 2): so exponentials need not wait for the maximum of their own step, which is found
-/// while they run. Sums and outputs hold factors of 2^kSlack with room; fp16 probabilities do not
-/// hold more than 2^15.
-template <int kSlack>
 struct OnlineSoftmax {
-  float max[2];  // the reference, a raw score
-  float sum[2];  // this thread's share, relative to the reference
+  float max[2];  // of the raw scores
+  float sum[2];  // this thread's share, relative to max
 
   __device__ __forceinline__ void reset() {
     max[0] = max[1] = -INFINITY;
@@ -67,15 +61,12 @@ struct OnlineSoftmax {
   }
 
   /// Turns scores into probabilities, two by two: write(i, a, b) receives elements 2 i and 2 i + 1.
-  /// False if a score of the warp is too far above its reference: then nothing has been added, and
-  /// the caller raises the references and calls again.
   template <class Scores, class Write>
-  __device__ __forceinline__ bool exponentiate(const Scores& scores, float scale_log2,
+  __device__ __forceinline__ void exponentiate(const Scores& scores, float scale_log2,
                                                const Write& write) {
     constexpr int kTiles = decltype(cute::size(scores))::value / 4;
     const float shift[2] = {finite(max[0]) * scale_log2, finite(max[1]) * scale_log2};
     float total[2][2] = {{0.f, 0.f}, {0.f, 0.f}};
-    float high[2][2] = {{-INFINITY, -INFINITY}, {-INFINITY, -INFINITY}};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
@@ -83,23 +74,13 @@ struct OnlineSoftmax {
         const int i = 4 * n + 2 * row;
         const float a = cuda::exp2_approx(fmaf(scores(i), scale_log2, -shift[row]));
         const float b = cuda::exp2_approx(fmaf(scores(i + 1), scale_log2, -shift[row]));
-        high[row][n % 2] = fmaxf(high[row][n % 2], fmaxf(scores(i), scores(i + 1)));
         total[row][0] += a;
         total[row][1] += b;
         write(i / 2, a, b);
       }
     }
-    bool fits = true;
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      // With nothing seen yet the reference is -inf, and any score at all is too far above.
-      const float top = fmaxf(high[row][0], high[row][1]);
-      fits = fits && !(top > -INFINITY && (top - max[row]) * scale_log2 > kSlack);
-    }
-    if (!__all_sync(~0u, fits)) return false;
     sum[0] += total[0][0] + total[0][1];
     sum[1] += total[1][0] + total[1][1];
-    return true;
   }
 
  private:

@@ -27,9 +27,6 @@ struct Traits {
   static constexpr int kProducerRegisters = kHeadDim == 128 ? 40 : 88;
   static constexpr int kConsumerRegisters = kHeadDim == 128 ? 232 : 208;
 
-  /// How far the softmax reference may be behind, in powers of two (softmax.h).
-  static constexpr int kSlack = std::is_same_v<Element, cutlass::half_t> ? 12 : 32;
-
   /// Rows are cut into swizzled pieces of kAtomCols: 128 bytes, or 64 where head_dim is no
   /// multiple.
   static constexpr int kAtomCols = kHeadDim % 64 == 0 ? 64 : 32;
@@ -50,33 +47,23 @@ struct Traits {
       ValueAtom{}, cute::Shape<cute::Int<kHeadDim>, cute::Int<kBoxRows>, cute::Int<kStages>>{},
       cute::Step<cute::_2, cute::_1, cute::_3>{}));
 
-  /// scores = query x keys^T, both in shared memory; output += probabilities (registers) x values.
-  static constexpr auto score_atom() {
+  /// scores = query (registers) x keys^T; output += probabilities (registers) x values.
+  template <int kColumns, cute::GMMA::Major kMajor>
+  static constexpr auto atom() {
     using namespace cute::SM90::GMMA;
     constexpr auto kK = cute::GMMA::Major::K;
     if constexpr (std::is_same_v<Element, cutlass::half_t>) {
-      return MMA_64x64x16_F32F16F16_SS<kK, kK>{};
+      if constexpr (kColumns == 64) return MMA_64x64x16_F32F16F16_RS<kK, kMajor>{};
+      if constexpr (kColumns == 96) return MMA_64x96x16_F32F16F16_RS<kK, kMajor>{};
+      if constexpr (kColumns == 128) return MMA_64x128x16_F32F16F16_RS<kK, kMajor>{};
     } else {
-      return MMA_64x64x16_F32BF16BF16_SS<kK, kK>{};
+      if constexpr (kColumns == 64) return MMA_64x64x16_F32BF16BF16_RS<kK, kMajor>{};
+      if constexpr (kColumns == 96) return MMA_64x96x16_F32BF16BF16_RS<kK, kMajor>{};
+      if constexpr (kColumns == 128) return MMA_64x128x16_F32BF16BF16_RS<kK, kMajor>{};
     }
   }
-  static constexpr auto output_atom() {
-    using namespace cute::SM90::GMMA;
-    constexpr auto kK = cute::GMMA::Major::K, kMn = cute::GMMA::Major::MN;
-    if constexpr (std::is_same_v<Element, cutlass::half_t>) {
-      if constexpr (kHeadDim == 64) return MMA_64x64x16_F32F16F16_RS<kK, kMn>{};
-      if constexpr (kHeadDim == 96) return MMA_64x96x16_F32F16F16_RS<kK, kMn>{};
-      if constexpr (kHeadDim == 128) return MMA_64x128x16_F32F16F16_RS<kK, kMn>{};
-    } else {
-      if constexpr (kHeadDim == 64) return MMA_64x64x16_F32BF16BF16_RS<kK, kMn>{};
-      if constexpr (kHeadDim == 96) return MMA_64x96x16_F32BF16BF16_RS<kK, kMn>{};
-      if constexpr (kHeadDim == 128) return MMA_64x128x16_F32BF16BF16_RS<kK, kMn>{};
-    }
-  }
-  using ScoreMma = decltype(cute::make_tiled_mma(score_atom()));
-  using OutputMma = decltype(cute::make_tiled_mma(output_atom()));
-  using QueryLayout = decltype(cute::tile_to_shape(
-      KeyAtom{}, cute::Shape<cute::Int<kTileRows>, cute::Int<kHeadDim>>{}));
+  using ScoreMma = decltype(cute::make_tiled_mma(atom<kBoxRows, cute::GMMA::Major::K>()));
+  using OutputMma = decltype(cute::make_tiled_mma(atom<kHeadDim, cute::GMMA::Major::MN>()));
 
   struct SharedStorage {
     alignas(1024) Element query[kConsumers][kBoxElements];

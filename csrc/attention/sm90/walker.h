@@ -11,15 +11,12 @@
 
 namespace sparseattn::sm90 {
 
-/// The tile lies in shared memory, and its scope is computed where it is needed: the planner's
-/// registers are few.
 struct WalkerContext {
   const Plan& plan;
-  const Tile& tile;
+  HeadTask task;
+  PairScope scope;
+  int first_row;
   int lane;
-
-  __device__ PairScope scope() const { return PairScope(tile); }
-  __device__ int64_t slot() const { return tile.task.slot; }
 };
 
 /// Boxes written, and whether they were the last.
@@ -66,8 +63,8 @@ struct BandWalker {
   int cursor = 0;  // next box
 
   __device__ Filled fill(const WalkerContext& at, Box* boxes) {
-    const PairScope scope = at.scope();
-    const int window = at.tile.task.window, sink = at.tile.task.sink;
+    const PairScope& scope = at.scope;
+    const int window = at.task.window, sink = at.task.sink;
     const int last = scope.last_of_pair();
     // Keys from here on may be inside some row's window; with window 0 there are none.
     const int window_start = window > 0 ? max(0, scope.first[0] + 1 - window) : last;
@@ -89,8 +86,8 @@ struct BandWalker {
   /// Keys up to `stop`; the last box of the window begins where the window does and masks what the
   /// box before it has.
   __device__ static Box window_box(const WalkerContext& at, int stop, int window_start) {
-    const PairScope scope = at.scope();
-    const int window = at.tile.task.window, sink = at.tile.task.sink;
+    const PairScope& scope = at.scope;
+    const int window = at.task.window, sink = at.task.sink;
     const int start = max(stop - kBoxRows, window_start);
     RangeBox made(scope, start, start, stop);
 #pragma unroll
@@ -105,12 +102,11 @@ struct BandWalker {
   }
   /// Keys from `from` on; the last box ends where the sinks do.
   __device__ static Box sink_box(const WalkerContext& at, int from, int sink_stop) {
-    const PairScope scope = at.scope();
     const int to = min(from + kBoxRows, sink_stop);
-    RangeBox made(scope, to - kBoxRows, from, to);
+    RangeBox made(at.scope, to - kBoxRows, from, to);
 #pragma unroll
     for (int w = 0; w < kConsumers; ++w) {
-      if (from < scope.last[w]) made.add_owner(w, to, false);
+      if (from < at.scope.last[w]) made.add_owner(w, to, false);
     }
     return made.box;
   }
@@ -125,7 +121,7 @@ struct SlashWalker {
 
   __device__ Filled fill(const WalkerContext& at, Box* boxes) {
     if (in_columns) return fill_columns(at, boxes);
-    const bool single = at.scope().last[1] == 0;
+    const bool single = at.scope.last[1] == 0;
     const int count = single ? fill_segments(at, boxes) : fill_pair_segments(at, boxes);
     if (in_columns) cursor = 0;
     return {count, false};
@@ -134,9 +130,9 @@ struct SlashWalker {
  private:
   /// The second tile has no rows: the first has the segments to itself.
   __device__ int fill_segments(const WalkerContext& at, Box* boxes) {
-    const PairScope scope = at.scope();
+    const PairScope& scope = at.scope;
     const Plan& plan = at.plan;
-    const int64_t slot = at.slot();
+    const int64_t slot = at.task.slot;
     const int index = cursor + at.lane, total = plan.num_segments[slot];
     const Segment segment =
         index < total ? plan.segments[slot * plan.sizes.max_segments() + index] : Segment{0, 0};
@@ -157,9 +153,9 @@ struct SlashWalker {
   }
 
   __device__ int fill_pair_segments(const WalkerContext& at, Box* boxes) {
-    const PairScope scope = at.scope();
+    const PairScope& scope = at.scope;
     const Plan& plan = at.plan;
-    const int64_t slot = at.slot();
+    const int64_t slot = at.task.slot;
     const int index = cursor + at.lane, total = plan.num_pair_segments[slot];
     Box box{INT32_MIN, 0, {{0, 0}, {0, 0}}, kBoxRows};
     if (index < total) {
@@ -191,8 +187,8 @@ struct SlashWalker {
   }
 
   __device__ Filled fill_columns(const WalkerContext& at, Box* boxes) {
-    const PairScope scope = at.scope();
-    const int64_t slot = at.slot();
+    const PairScope& scope = at.scope;
+    const int64_t slot = at.task.slot;
     const int32_t* columns = at.plan.columns + slot * at.plan.sizes.max_columns;
     const uint32_t* cover = at.plan.cover + slot * at.plan.sizes.cover_words();
     const int total = at.plan.num_columns[slot], last = scope.last_of_pair();
@@ -221,7 +217,7 @@ struct SlashWalker {
           if (box.bits[w][half] != 0) box.flags |= Box::kOwner << w;
           if (__any_sync(~0u, seen && position > scope.first[w])) box.flags |= Box::kByRow << w;
         }
-        done = __any_sync(~0u, position >= last) || done;
+        done = done || __any_sync(~0u, position >= last);
       }
 #pragma unroll
       for (int w = 0; w < kConsumers; ++w) {
@@ -255,12 +251,11 @@ struct BlockWalker {
 
   __device__ Filled fill(const WalkerContext& at, Box* boxes) {
     const PlanSizes& sizes = at.plan.sizes;
-    const PairScope scope = at.scope();
-    const int blocks = (scope.last_of_pair() + sizes.block_kv - 1) / sizes.block_kv;
+    const int blocks = (at.scope.last_of_pair() + sizes.block_kv - 1) / sizes.block_kv;
     if (!loaded) load_words(at);
     const bool shared = shares(at);
     // Lane l writes box rank + l, or of each tile every second.
-    const int w = shared || at.lane % 2 == 0 ? 1 - (scope.last[1] == 0) : 0;
+    const int w = shared || at.lane % 2 == 0 ? 1 - (at.scope.last[1] == 0) : 0;
     const int mine = rank + (shared ? at.lane : at.lane / 2);
     const int start = start_of(at, w, mine);
     const int other = __shfl_xor_sync(~0u, start, 1);
@@ -268,18 +263,18 @@ struct BlockWalker {
     bool kept = start >= 0;
     if (kept) {
       if (shared) {
-        own(scope, box, 0);
-        own(scope, box, 1);
+        own(at.scope, box, 0);
+        own(at.scope, box, 1);
       } else {
-        own(scope, box, w);
+        own(at.scope, box, w);
         if (start == other) {
-          own(scope, box, 1 - w);
+          own(at.scope, box, 1 - w);
           kept = at.lane % 2 == 0;
         }
       }
-      int limit = scope.kv_len;
-      if (!(box.flags >> 1 & Box::kOwner)) limit = min(limit, scope.last[0]);
-      if (box.flags >> 1 & Box::kOwner) limit = min(limit, scope.last[1]);
+      int limit = at.scope.kv_len;
+      if (!(box.flags >> 1 & Box::kOwner)) limit = min(limit, at.scope.last[0]);
+      if (box.flags >> 1 & Box::kOwner) limit = min(limit, at.scope.last[1]);
       cut(box, limit, sizes.shape.kv_len);
     }
     const unsigned all = __ballot_sync(~0u, kept);
@@ -294,43 +289,41 @@ struct BlockWalker {
 
  private:
   __device__ static int row_of(const WalkerContext& at, int w) {
-    return (at.tile.first_row + kTileRows * w) / at.plan.sizes.block_q;
+    return (at.first_row + kTileRows * w) / at.plan.sizes.block_q;
   }
   __device__ static bool shares(const WalkerContext& at) {
-    return row_of(at, 0) == row_of(at, 1) || at.scope().last[1] == 0;
+    return row_of(at, 0) == row_of(at, 1) || at.scope.last[1] == 0;
   }
   __device__ static void own(const PairScope& scope, Box& box, int w) {
-    if (box.start >= scope.last_of(w)) return;
+    if (box.start >= scope.last[w]) return;
     box.flags |= Box::kOwner << w;
-    if (box.start + kBoxRows - 1 > scope.first_of(w)) box.flags |= Box::kByRow << w;
+    if (box.start + kBoxRows - 1 > scope.first[w]) box.flags |= Box::kByRow << w;
   }
 
   /// Boxes of the blocks in `word`, whose first block is `first`.
-  __device__ static int boxes_in(const WalkerContext& at, int last, uint32_t word, int first) {
+  __device__ static int boxes_in(const WalkerContext& at, int w, uint32_t word, int first) {
     if (word == 0) return 0;
     const int most = at.plan.sizes.block_kv / kBoxRows;
     const int top = first + 31 - __clz(word);
-    const int pieces = min(most, (last - top * at.plan.sizes.block_kv + 63) / kBoxRows);
+    const int pieces = min(most, (at.scope.last[w] - top * at.plan.sizes.block_kv + 63) / kBoxRows);
     return (__popc(word) - 1) * most + pieces;
   }
 
   __device__ void load_words(const WalkerContext& at) {
     const PlanSizes& sizes = at.plan.sizes;
-    const PairScope scope = at.scope();
     const int first = base + 32 * at.lane;
 #pragma unroll
     for (int w = 0; w < kConsumers; ++w) {
-      const int blocks = (scope.last[w] + sizes.block_kv - 1) / sizes.block_kv;
+      const int blocks = (at.scope.last[w] + sizes.block_kv - 1) / sizes.block_kv;
       uint32_t word = 0;
       if (first < blocks) {
-        word =
-            at.plan
-                .block_bits[(at.slot() * sizes.q_blocks() + row_of(at, w)) * sizes.block_words() +
-                            first / 32];
+        word = at.plan.block_bits[(int64_t{at.task.slot} * sizes.q_blocks() + row_of(at, w)) *
+                                      sizes.block_words() +
+                                  first / 32];
         if (blocks - first < 32) word &= (1u << (blocks - first)) - 1;
       }
       words[w] = word;
-      const int mine = boxes_in(at, scope.last[w], word, first);
+      const int mine = boxes_in(at, w, word, first);
       int sum = mine;
 #pragma unroll
       for (int delta = 1; delta < 32; delta *= 2) {
