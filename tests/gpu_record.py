@@ -1,0 +1,104 @@
+"""Runs the GPU suite and compute-sanitizer, and writes a record for benchmarks/results/.
+
+    python tests/gpu_record.py --commit ID --output benchmarks/results/DATE-GPU-tests.json
+
+Not a test module. It builds nothing: the installed package is what is tested. Most of the suite's
+time is the fp64 oracle on the CPU, so workers (pytest-xdist, where it is there) have one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparseattn import bench_tools
+
+TESTS = Path(__file__).parent
+_COUNT = re.compile(r"(\d+) (passed|failed|skipped|errors?)\b")
+
+
+def run_suite(args: argparse.Namespace) -> dict[str, Any]:
+    """pytest -k cuda: counts, seconds, and the first failures."""
+    command = [sys.executable, "-m", "pytest", str(TESTS), "-q", "-k", args.select, "-rf"]
+    command += ["--tb=short", "-p", "no:cacheprovider", "-W", "ignore"]
+    if importlib.util.find_spec("xdist") and args.workers > 1:
+        command += ["-n", str(args.workers)]
+    if importlib.util.find_spec("pytest_timeout"):
+        command += ["--timeout", str(args.test_timeout), "--timeout-method", "thread"]
+    start = time.monotonic()
+    try:
+        done = subprocess.run(
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=args.timeout,
+        )
+        output, status = done.stdout, done.returncode
+    except subprocess.TimeoutExpired as late:
+        output, status = (late.stdout or b"").decode(errors="replace"), None
+    if args.log:
+        args.log.write_text(output)
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    for line in reversed(output.splitlines()):
+        found = _COUNT.findall(line)
+        if found:
+            counts |= {name: int(count) for count, name in found}
+            break
+    failures = [line for line in output.splitlines() if line.startswith("FAILED ")]
+    return {
+        "command": " ".join(["pytest", *command[3:]]).replace(f"{TESTS}", "tests"),
+        "exit_status": status,  # null: it ran out of time
+        "seconds": round(time.monotonic() - start, 1),
+        **counts,
+        "first_failures": failures[:20],
+    }
+
+
+def run_sanitizer(tool: str, timeout: float) -> dict[str, Any]:
+    """compute-sanitizer over tests/sanitize.py: exit status 0 and no error, or the last lines."""
+    if shutil.which("compute-sanitizer") is None:
+        return {"skipped": "compute-sanitizer was not found"}
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable]
+    command.append(str(TESTS / "sanitize.py"))
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return {"exit_status": None, "last_lines": [f"more than {timeout} s"]}
+    return {"exit_status": done.returncode, "last_lines": done.stdout.splitlines()[-3:]}
+
+
+def main() -> int:
+    """Exit status 1: a test failed, or the sanitizer found something."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="JSON record to write")
+    parser.add_argument("--log", type=Path, help="pytest's whole output")
+    parser.add_argument("--select", default="cuda", help="pytest -k")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
+    parser.add_argument("--timeout", type=float, default=500, help="seconds for the suite")
+    parser.add_argument("--test-timeout", type=float, default=100, help="seconds for one test")
+    parser.add_argument("--sanitizer", nargs="*", default=["memcheck", "racecheck"], help="tools")
+    parser.add_argument("--commit", required=True, help="commit that is tested")
+    args = parser.parse_args()
+    record = bench_tools.machine(torch.device("cuda"), args.commit)
+    record["suite"] = run_suite(args)
+    record["sanitizer"] = {tool: run_sanitizer(tool, 300) for tool in args.sanitizer}
+    args.output.write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps({"suite": record["suite"], "sanitizer": record["sanitizer"]}, indent=2))
+    clean = all(run.get("exit_status", 0) == 0 for run in record["sanitizer"].values())
+    return 0 if record["suite"]["exit_status"] == 0 and clean else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
