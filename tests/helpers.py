@@ -58,6 +58,16 @@ CASES = [
     Case(1, 2, 1, 1023, 1023, 128),
 ]
 
+# For estimates: fewer, and one of more keys than a chunk.
+ESTIMATE_CASES = [
+    Case(1, 1, 1, 1, 1, 64),
+    Case(2, 4, 1, 1, 200, 64),
+    Case(1, 7, 1, 65, 65, 96),
+    Case(2, 8, 2, 239, 301, 128),
+    Case(1, 2, 2, 64, 777, 64),
+    Case(1, 8, 1, 129, 4500, 128),
+]
+
 
 def cuda_reason() -> str | None:
     """Why the CUDA operators cannot run here; None if they can."""

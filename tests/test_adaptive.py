@@ -6,20 +6,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import Case, Place, make_qkv
+from helpers import ESTIMATE_CASES, Case, Place, make_qkv
 from torch import Tensor
 
 import sparseattn
 from sparseattn import reference
 
-CASES = [
-    Case(1, 1, 1, 1, 1, 64),
-    Case(2, 4, 1, 1, 200, 64),
-    Case(1, 7, 1, 65, 65, 96),
-    Case(2, 8, 2, 239, 301, 128),
-    Case(1, 2, 2, 64, 777, 64),
-    Case(1, 8, 1, 129, 4500, 128),
-]
 SHARES = [0.2, 0.5, 0.8, 0.95, 1.0]
 
 
@@ -124,7 +116,7 @@ def check_prefix(
         assert uncovered(fewer, fewer_runs) > allowed - slack, "fewer would be enough"
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", ESTIMATE_CASES, ids=str)
 def test_vertical_slash_share_against_oracle(case, place):
     settings = [
         {"num_columns": 60, "num_offsets": 300},

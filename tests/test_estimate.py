@@ -6,20 +6,11 @@ import math
 
 import pytest
 import torch
-from helpers import LAYOUTS, Case, make_qkv, relayout
+from helpers import ESTIMATE_CASES, LAYOUTS, Case, make_qkv, relayout
 from torch import Tensor
 
 import sparseattn
 from sparseattn import reference
-
-CASES = [
-    Case(1, 1, 1, 1, 1, 64),
-    Case(2, 4, 1, 1, 200, 64),
-    Case(1, 7, 1, 65, 65, 96),
-    Case(2, 8, 2, 239, 301, 128),
-    Case(1, 2, 2, 64, 777, 64),
-    Case(1, 8, 1, 129, 4500, 128),
-]
 
 
 def check_selection(got: Tensor, mass: Tensor, forced: int, count: int) -> None:
@@ -52,7 +43,7 @@ def check_selection(got: Tensor, mass: Tensor, forced: int, count: int) -> None:
     assert close.double().mean() < max(3, 0.05 * n), "the margin is too narrow to test anything"
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", ESTIMATE_CASES, ids=str)
 def test_vertical_slash_against_oracle(case, place):
     settings = [
         {"num_columns": 50, "num_offsets": 120},
@@ -171,7 +162,7 @@ def check_blocks(got: Tensor, scores: Tensor, top_k: int) -> None:
 
 
 @pytest.mark.parametrize("block", [64, 128])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", ESTIMATE_CASES, ids=str)
 def test_block_sparse_against_oracle(case, block, place):
     for seed, top_k in enumerate([1, 2, 3, 1000]):
         q, k, _ = make_qkv(case, place, seed)

@@ -28,8 +28,6 @@ struct alignas(16) Box {
   uint32_t flags;
   uint32_t bits[kConsumers][2];  // bit j: key start + j
   int32_t count;
-
-  __device__ bool owned_by(int consumer) const { return flags >> consumer & kOwner; }
 };
 static_assert(sizeof(Box) == 32);
 

@@ -6,8 +6,6 @@
 // through the same rounds; one that has nothing to do in a round passes its turn on.
 #pragma once
 
-#include <cute/arch/copy_sm75.hpp>
-
 #include "attention/sm90/softmax.h"
 #include "attention/sm90/traits.h"
 #include "sparseattn/attention.h"
@@ -76,14 +74,13 @@ class Consumer {
     const int warp = thread_ / 32, lane = thread_ % 32;
     const int row = warp * 16 + lane % 16;
     constexpr int kAtomPieces = Traits::kAtomCols / 8;
-    const int swizzle = kAtomPieces == 8 ? row % 8 : row / 2 % 4;
     auto words = cute::recast<uint32_t>(query_);
 #pragma unroll
     for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
       const int piece = 2 * k + lane / 16;
       const Element* from = smem_.query[index_] +
                             (piece / kAtomPieces * kBoxRows + row) * Traits::kAtomCols +
-                            8 * (piece % kAtomPieces ^ swizzle);
+                            8 * (piece % kAtomPieces ^ Traits::swizzle(row));
       uint32_t fragment[4];
       cuda::ldmatrix_x4(fragment, from);
 #pragma unroll

@@ -12,8 +12,13 @@ using Encode = decltype(&cuTensorMapEncodeTiled);
 Status find_encode(Encode& encode) {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult result{};
+#if CUDART_VERSION >= 12050
   const Status status = cuda::to_status(cudaGetDriverEntryPointByVersion(
       "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result));
+#else
+  const Status status = cuda::to_status(
+      cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result));
+#endif
   if (!status.ok()) return status;
   if (result != cudaDriverEntryPointSuccess || function == nullptr) {
     return {1, "sparse_attention_sm90: the driver has no cuTensorMapEncodeTiled (CUDA 12 needed)"};

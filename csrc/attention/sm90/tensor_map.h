@@ -32,8 +32,7 @@ __device__ __forceinline__ void load_rows(void* to, const RowMap& source, cuda::
 }
 
 /// Rows [row, row + count) by ordinary loads, zeros for the rest of the 64 and before row 0; a
-/// warp. `source` is row 0. The swizzle is that of the copy engine: 16-byte pieces of a row are
-/// permuted by the row's number.
+/// warp. `source` is row 0.
 template <class Traits>
 __device__ __forceinline__ void copy_rows(typename Traits::Element* to,
                                           const typename Traits::Element* source,
@@ -44,13 +43,12 @@ __device__ __forceinline__ void copy_rows(typename Traits::Element* to,
   for (int i = lane; i < kBoxRows * kPieces; i += 32) {
     const int r = i / kPieces, piece = i % kPieces;
     const int atom = piece / kAtomPieces, inner = piece % kAtomPieces;
-    const int swizzle = kAtomPieces == 8 ? r % 8 : r / 2 % 4;
     uint4 data = make_uint4(0, 0, 0, 0);
     if (r < count && row + r >= 0) {
       data = *reinterpret_cast<const uint4*>(source + (row + r) * row_stride + 8 * piece);
     }
     *reinterpret_cast<uint4*>(to + (atom * kBoxRows + r) * Traits::kAtomCols +
-                              8 * (inner ^ swizzle)) = data;
+                              8 * (inner ^ Traits::swizzle(r))) = data;
   }
   cuda::fence_async_shared();
   __syncwarp();

@@ -30,7 +30,10 @@ struct Traits {
   /// Rows are cut into swizzled pieces of kAtomCols: 128 bytes, or 64 where head_dim is no
   /// multiple.
   static constexpr int kAtomCols = kHeadDim % 64 == 0 ? 64 : 32;
-  static constexpr int kAtoms = kHeadDim / kAtomCols;
+  /// The copy engine's swizzle: 16-byte pieces of a row are permuted by an exclusive or with this.
+  static __device__ __forceinline__ int swizzle(int row) {
+    return kAtomCols == 64 ? row % 8 : row / 2 % 4;
+  }
   static constexpr int kBoxElements = kBoxRows * kHeadDim;
   static constexpr uint32_t kBoxBytes = kBoxElements * sizeof(Element);
   static constexpr int kStages = kHeadDim == 128 ? 6 : kHeadDim == 96 ? 8 : 12;

@@ -177,7 +177,7 @@ struct SlashWalker {
           box.flags |= Box::kByRow << w;
         }
       }
-      cut(box, scope.kv_len, plan.sizes.shape.kv_len);
+      if (box.flags != 0) cut(box, scope.kv_len, plan.sizes.shape.kv_len);
     }
     const unsigned kept = __ballot_sync(~0u, box.flags != 0);
     if (box.flags != 0) boxes[lanes_below(kept, at.lane)] = box;
@@ -217,7 +217,7 @@ struct SlashWalker {
           if (box.bits[w][half] != 0) box.flags |= Box::kOwner << w;
           if (__any_sync(~0u, seen && position > scope.first[w])) box.flags |= Box::kByRow << w;
         }
-        done = done || __any_sync(~0u, position >= last);
+        done = done || __any_sync(~0u, position >= last);  // the same for all lanes
       }
 #pragma unroll
       for (int w = 0; w < kConsumers; ++w) {
