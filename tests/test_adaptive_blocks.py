@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from helpers import Case, make_qkv, randn
-from test_adaptive import CASES, SHARES
+from helpers import ESTIMATE_CASES, Case, make_qkv, randn
+from test_adaptive import SHARES
 from torch import Tensor
 
 import sparseattn
@@ -25,7 +25,7 @@ def score_slack(scores: Tensor, method: str) -> float:
 
 
 @pytest.mark.parametrize(("method", "stride"), SCORES)
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", ESTIMATE_CASES, ids=str)
 def test_block_share_against_oracle(case, method, stride, place):
     for seed, (top_k, block) in enumerate([(1, 64), (3, 128), (4, 64), (1000, 64)]):
         q, k, _ = make_qkv(case, place, seed)
