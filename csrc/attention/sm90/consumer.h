@@ -1,9 +1,10 @@
 // The consumer warpgroups: each computes one query tile of the pair, 64 rows.
 //
-// A step takes two boxes: scores of this step, then output of the step before, are issued together,
-// and the softmax of this step runs while the output product does. The two consumers take turns in
-// issuing (a named barrier each), so that one's products run under the other's softmax. Both go
-// through the same rounds; one that has nothing to do in a round passes its turn on.
+// A step takes the pair of boxes of a stage: scores of this step, then output of the step before,
+// are issued together, and the softmax of this step runs while the output product does. The two
+// consumers take turns in issuing (a named barrier each), so that one's products run under the
+// other's softmax. Both go through the same rounds; one that has nothing to do in a round passes
+// its turn on.
 #pragma once
 
 #include "attention/sm90/softmax.h"
@@ -34,8 +35,6 @@ class Consumer {
       smem_.tile_full[tile.index].wait(tile.parity);
       if (smem_.tiles[tile.index].sequence < 0) break;
       smem_.query_full.wait(query_parity);
-      load_query();
-      release(smem_.query_free);
       attend(smem_.tiles[tile.index]);
       store(smem_.tiles[tile.index]);
       release(smem_.tile_free[tile.index]);
@@ -46,20 +45,15 @@ class Consumer {
  private:
   using ScoreMma = typename Traits::ScoreMma;
   using OutputMma = typename Traits::OutputMma;
-  /// Scores of two boxes, one after the other.
-  using Scores = decltype(cute::make_tensor<float>(
-      cute::Layout<cute::Shape<cute::Shape<cute::_2, cute::_2, cute::Int<2 * kBoxRows / 8>>,
-                               cute::_1, cute::_1>>{}));
+  using Scores = decltype(cute::partition_fragment_C(
+      ScoreMma{}, cute::Shape<cute::_64, cute::Int<kStageRows>>{}));
   static constexpr int kBoxScores = kBoxRows / 2;
   using Output = decltype(cute::partition_fragment_C(
       OutputMma{}, cute::Shape<cute::_64, cute::Int<Traits::kHeadDim>>{}));
-  /// A operands, as the accumulators of scores lie: ((column, row, half), 1, 16 columns each).
-  template <int kColumns>
-  using Operand = decltype(cute::make_tensor<Element>(
+  /// An A operand, as the accumulators of scores lie: ((column, row, half), 1, 16 columns each).
+  using Probabilities = decltype(cute::make_tensor<Element>(
       cute::Layout<cute::Shape<cute::Shape<cute::_2, cute::_2, cute::_2>, cute::_1,
-                               cute::Int<kColumns / 16>>>{}));
-
-  using Probabilities = Operand<2 * kBoxRows>;
+                               cute::Int<kStageRows / 16>>>{}));
 
   __device__ void take_turn() { cuda::barrier_sync<256>(1 + index_); }
   __device__ void pass_turn() { cuda::barrier_arrive<256>(2 - index_); }
@@ -68,24 +62,6 @@ class Consumer {
   __device__ __forceinline__ void release(cuda::MBarrier& barrier) {
     __syncwarp();
     if (thread_ % 32 == 0) barrier.arrive();
-  }
-
-  __device__ void load_query() {
-    const int warp = thread_ / 32, lane = thread_ % 32;
-    const int row = warp * 16 + lane % 16;
-    constexpr int kAtomPieces = Traits::kAtomCols / 8;
-    auto words = cute::recast<uint32_t>(query_);
-#pragma unroll
-    for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
-      const int piece = 2 * k + lane / 16;
-      const Element* from = smem_.query[index_] +
-                            (piece / kAtomPieces * kBoxRows + row) * Traits::kAtomCols +
-                            8 * (piece % kAtomPieces ^ Traits::swizzle(row));
-      uint32_t fragment[4];
-      cuda::ldmatrix_x4(fragment, from);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) words(4 * k + i) = fragment[i];
-    }
   }
 
   __device__ __forceinline__ bool round_is_there() {
@@ -107,7 +83,10 @@ class Consumer {
     while (!word.has(RoundWord::kStep)) {
       take_turn();
       pass_turn();
-      if (word.has(RoundWord::kEnd)) return false;
+      if (word.has(RoundWord::kEnd)) {
+        release(smem_.query_free);
+        return false;
+      }
       await_round(word);
     }
     return true;
@@ -120,35 +99,42 @@ class Consumer {
     RoundWord step;
     await_round(step);
     while (find_step(step)) {
+      Scores scores;
       Probabilities probabilities;  // of the step before
-      begin_steps(step, probabilities, tile);
+      begin_steps(step, scores, probabilities, tile);
       RoundWord before = step;
       bool ahead = false;  // `step` is the word after `before`
-      for (;;) {
-        if (before.has(RoundWord::kEnd)) break;
+      while (!before.has(RoundWord::kEnd)) {
         if (!ahead) await_round(step);
         // With nothing to do, finish: stages that are held would stop the rings.
         if (!step.has(RoundWord::kStep)) break;
-        await_stages(step, before);
-        take_turn();
-        Scores scores;
-        issue_scores(step, scores);
-        const bool there = !step.has(RoundWord::kEnd) && round_is_there();
-        issue_output(before, probabilities);
-        pass_turn();
-        RoundWord next;
-        ahead = __all_sync(~0u, there);
-        if (ahead) read_round(next);
-        cute::warpgroup_wait<1>();
-        finish_scores(step, scores, tile);
-        float rescale[2];
-        const bool changed = softmax_.raise(scores, scale_log2_, rescale);
-        // By now the output of the step before is there, and its probabilities may be replaced.
-        finish_output(before);
-        if (changed) scale_output(rescale);
-        exponentiate(scores, probabilities);
-        before = step;
-        step = next;
+        bool stages = false, more = false;  // known to be there
+        do {
+          if (!stages) await_stages(step, before);
+          take_turn();
+          issue_scores(step, scores);
+          const bool there = !step.has(RoundWord::kEnd) && round_is_there();
+          issue_output(before, probabilities);
+          pass_turn();
+          RoundWord next{0};
+          ahead = __all_sync(~0u, there);
+          if (ahead) read_round(next);
+          more = next.has(RoundWord::kStep);
+          stages = more && stages_are_there(next, step);
+          // The products of this consumer end one after the other, the scores first.
+          cute::warpgroup_wait<1>();
+          finish_scores(step, scores, tile);
+          float rescale[2];
+          const bool raised = softmax_.raise(scores, scale_log2_, rescale);
+          softmax_.exponentiate(scores, scale_log2_);
+          // Never: but the assembler would else put the exponentials after the wait.
+          if (softmax_.sum[0] < 0.f || softmax_.sum[1] < 0.f) __trap();
+          finish_output(before);
+          if (raised) scale_output(rescale);
+          pack(scores, probabilities);
+          before = step;
+          step = next;
+        } while (more);
       }
       await_values(before);
       issue_output(before, probabilities);
@@ -158,25 +144,24 @@ class Consumer {
   }
 
   /// A step with no output left to compute.
-  __device__ __forceinline__ void begin_steps(RoundWord step, Probabilities& probabilities,
-                                              const Tile& tile) {
-    smem_.keys_full[step.stage(0)].wait(step.parity(0));
-    smem_.keys_full[step.stage(1)].wait(step.parity(1));
+  __device__ __forceinline__ void begin_steps(RoundWord step, Scores& scores,
+                                              Probabilities& probabilities, const Tile& tile) {
+    smem_.keys_full[step.stage()].wait(step.parity());
     take_turn();
-    Scores scores;
     issue_scores(step, scores);
     pass_turn();
     cute::warpgroup_wait<0>();
     finish_scores(step, scores, tile);
     float rescale[2];
     if (softmax_.raise(scores, scale_log2_, rescale)) scale_output(rescale);
-    exponentiate(scores, probabilities);
+    softmax_.exponentiate(scores, scale_log2_);
+    pack(scores, probabilities);
   }
 
-  __device__ __forceinline__ void exponentiate(const Scores& scores, Probabilities& out) {
+  __device__ __forceinline__ void pack(const Scores& scores, Probabilities& out) {
     auto words = cute::recast<uint32_t>(out);
-    softmax_.exponentiate(scores, scale_log2_,
-                          [&](int i, float a, float b) { words(i) = pack(a, b); });
+#pragma unroll
+    for (int i = 0; i < cute::size(words); ++i) words(i) = pack(scores(2 * i), scores(2 * i + 1));
   }
 
   __device__ __forceinline__ void scale_output(const float (&rescale)[2]) {
@@ -184,88 +169,73 @@ class Consumer {
     for (int i = 0; i < cute::size(output_); ++i) output_(i) *= rescale[i / 2 % 2];
   }
 
-  /// Waits for the keys of `step` and the values of `before`; all four are asked before any is
+  /// Waits for the keys of `step` and the values of `before`; both are asked before either is
   /// waited for.
   __device__ __forceinline__ void await_stages(RoundWord step, RoundWord before) {
-    bool there = true;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      there &= smem_.keys_full[step.stage(i)].test_wait(step.parity(i));
-      there &= smem_.values_full[before.stage(i)].test_wait(before.parity(i));
-    }
-    if (there) return;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) smem_.keys_full[step.stage(i)].wait(step.parity(i));
+    if (stages_are_there(step, before)) return;
+    smem_.keys_full[step.stage()].wait(step.parity());
     await_values(before);
   }
+  __device__ __forceinline__ bool stages_are_there(RoundWord step, RoundWord before) {
+    const bool keys = smem_.keys_full[step.stage()].test_wait(step.parity());
+    const bool values = smem_.values_full[before.stage()].test_wait(before.parity());
+    return keys && values;
+  }
   __device__ __forceinline__ void await_values(RoundWord step) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) smem_.values_full[step.stage(i)].wait(step.parity(i));
+    smem_.values_full[step.stage()].wait(step.parity());
   }
 
-  /// Scores have arrived: masks them and lets the keys go.
+  /// Scores have arrived: masks them and lets the keys go, and after the last the queries.
   __device__ __forceinline__ void finish_scores(RoundWord step, Scores& scores, const Tile& tile) {
     cute::warpgroup_fence_operand(scores);
-    const bool single = step.has(RoundWord::kSingle);
-    if (step.has(RoundWord::kMask)) mask<0>(scores, smem_.boxes[step.stage(0)], tile, false);
-    if (step.has(RoundWord::kMask << 1)) mask<1>(scores, smem_.boxes[step.stage(1)], tile, single);
-    release(smem_.keys_free[step.stage(0)]);
-    if (!single) release(smem_.keys_free[step.stage(1)]);
+    if (step.has(RoundWord::kMask * 3)) {
+      const Box(&boxes)[2] = smem_.stages[step.stage()];
+      if (step.has(RoundWord::kMask)) mask<0>(scores, boxes[0], tile);
+      if (step.has(RoundWord::kMask << 1)) mask<1>(scores, boxes[1], tile);
+    }
+    release(smem_.keys_free[step.stage()]);
+    if (step.has(RoundWord::kEnd)) release(smem_.query_free);
   }
 
   /// The output has arrived: lets the values go.
   __device__ __forceinline__ void finish_output(RoundWord step) {
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(output_);
-    release(smem_.values_free[step.stage(0)]);
-    if (!step.has(RoundWord::kSingle)) release(smem_.values_free[step.stage(1)]);
+    release(smem_.values_free[step.stage()]);
   }
 
-  /// scores = query x keys^T of two boxes.
+  /// scores = query x keys^T.
   __device__ __forceinline__ void issue_scores(RoundWord step, Scores& scores) {
-    using namespace cute;
-    warpgroup_fence_operand(scores);
-    warpgroup_arrive();
-    using Half = Layout<cute::Shape<cute::Shape<_2, _2, Int<kBoxRows / 8>>, _1, _1>>;
-    auto low = make_tensor(scores.data(), Half{});
-    auto high = make_tensor(scores.data() + kBoxScores, Half{});
-    multiply(step.stage(0), low);
-    multiply(step.stage(1), high);
-    warpgroup_commit_batch();
-  }
-
-  template <class Out>
-  __device__ __forceinline__ void multiply(int stage, Out& out) {
     using namespace cute;
     ScoreMma mma;
     const auto slice = mma.get_slice(0);
     const auto keys = slice.partition_fragment_B(
         make_tensor(make_smem_ptr(smem_.keys[0]), typename Traits::KeyLayout{}));
+    const auto query = slice.partition_fragment_A(
+        make_tensor(make_smem_ptr(smem_.query[index_]), typename Traits::QueryLayout{}));
+    warpgroup_fence_operand(scores);
+    warpgroup_arrive();
     mma.accumulate_ = GMMA::ScaleOut::Zero;
 #pragma unroll
     for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
-      gemm(mma, query_(_, _, k), keys(_, _, k, stage), out);
+      gemm(mma, query(_, _, k), keys(_, _, k, step.stage()), scores);
       mma.accumulate_ = GMMA::ScaleOut::One;
     }
+    warpgroup_commit_batch();
   }
 
-  /// output += probabilities x values of two boxes.
+  /// output += probabilities x values.
   __device__ __forceinline__ void issue_output(RoundWord step, const Probabilities& probabilities) {
     using namespace cute;
     OutputMma mma;
     const auto values = mma.get_slice(0).partition_fragment_B(
         make_tensor(make_smem_ptr(smem_.values[0]), typename Traits::ValueLayout{}));
-    constexpr int kHalf = kBoxRows / 16;
     warpgroup_fence_operand(output_);
     warpgroup_arrive();
     mma.accumulate_ = GMMA::ScaleOut::One;
 #pragma unroll
-    for (int k = 0; k < kHalf; ++k) {
-      gemm(mma, probabilities(_, _, k), values(_, _, k, step.stage(0)), output_);
-    }
-#pragma unroll
-    for (int k = 0; k < kHalf; ++k) {
-      gemm(mma, probabilities(_, _, kHalf + k), values(_, _, k, step.stage(1)), output_);
+    for (int k = 0; k < kStageRows / 16; ++k) {
+      gemm(mma, probabilities(_, _, k), values(_, _, k, step.stage()), output_);
     }
     warpgroup_commit_batch();
   }
@@ -281,13 +251,11 @@ class Consumer {
     }
   }
 
-  /// Sets the invisible scores of one of the step's boxes to -inf, or all of them.
+  /// Sets the invisible scores of one of the step's boxes to -inf.
   template <int kBox>
-  __device__ __forceinline__ void mask(Scores& scores, const Box& box, const Tile& tile,
-                                       bool all) const {
+  __device__ __forceinline__ void mask(Scores& scores, const Box& box, const Tile& tile) const {
     uint64_t seen[2];
-    seen[0] = seen[1] =
-        all ? 0 : static_cast<uint64_t>(box.bits[index_][1]) << 32 | box.bits[index_][0];
+    seen[0] = seen[1] = static_cast<uint64_t>(box.bits[index_][1]) << 32 | box.bits[index_][0];
     if (box.flags >> index_ & Box::kByRow) hide_by_row(seen, box, tile);
     const int column = thread_ % 4 * 2;
 #pragma unroll
@@ -383,9 +351,8 @@ class Consumer {
   const int index_, thread_;
   const float scale_log2_;
   RingPosition<kRounds> round_;
-  Operand<Traits::kHeadDim> query_;
   Output output_;
-  OnlineSoftmax softmax_;
+  OnlineSoftmax<Traits::kSlack> softmax_;
 };
 
 }  // namespace sparseattn::sm90

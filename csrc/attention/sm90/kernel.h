@@ -2,13 +2,13 @@
 //
 // Barriers, with the arrivals that end a phase:
 //   keys_full, values_full   1: the loader, with the bytes of the copy
-//   keys_free, values_free   8: every consumer warp, once it has read the stage; the loader in
-//   place
-//                            of the consumers that do not own the box
+//   keys_free, values_free   8: every consumer warp, once it has read the stage; the loader arrives
+//                            for a consumer that does not own the pair
 //   round_full / round_free  1: the dealer / 4: every warp of one consumer
-//   query_full / query_free  1: the key loader / 8: every consumer warp, its rows in registers
-//   tile_full / tile_free    1: the planner / 10: both loaders and every consumer warp
-//   batch_full / batch_free  1: the planner / 3: the loaders and the dealer
+//   query_full / query_free  1: the dealer / 8: every consumer warp, after the tile's last scores
+//   tile_full / tile_free    1: the planner / 11: loaders, dealer and every consumer warp
+//   boxes_full / boxes_free  1: the planner / 1: the dealer
+//   pairs_full / pairs_free  1: the dealer / 2: the loaders
 // Named barriers 1 and 2, 256 threads: the turns of the consumers (consumer.h).
 #pragma once
 
@@ -32,10 +32,12 @@ __device__ __forceinline__ void init_barriers(Storage& smem) {
   }
   for (int i = 0; i < 2; ++i) {
     smem.tile_full[i].init(1);
-    smem.tile_free[i].init(kReaders + 2);
-    smem.batch_full[i].init(1);
-    smem.batch_free[i].init(3);
+    smem.tile_free[i].init(kReaders + 3);
+    smem.boxes_full[i].init(1);
+    smem.boxes_free[i].init(1);
   }
+  for (auto& barrier : smem.pairs_full) barrier.init(1);
+  for (auto& barrier : smem.pairs_free) barrier.init(2);
   cuda::fence_barrier_init();
 }
 
@@ -58,7 +60,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
     } else if (warp == 2) {
       Loader<Traits, false>(params, maps, smem, lane).run();
     } else {
-      Dealer<Traits>(smem, lane).run();
+      Dealer<Traits>(params, maps, smem, lane).run();
     }
   } else {
     cuda::raise_registers<Traits::kConsumerRegisters>();

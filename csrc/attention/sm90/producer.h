@@ -1,25 +1,23 @@
-// The producer warps: one plans boxes, one loads their keys, one their values, one deals them out.
+// The producer warps: the planner finds a tile's boxes, the dealer pairs them and deals the pairs
+// out to the consumers, one loader copies their keys, one their values.
 //
-// The planner takes tiles from the counter and walks their indexes, up to two batches of boxes
-// ahead of the others, so that the latency of an index never stops the copies. The three others
-// read the same boxes in the same order, each at its own pace; box i uses stage i % kStages of both
-// rings.
+// The planner takes tiles from the counter and walks their indexes, two batches of boxes ahead of
+// the dealer, so that the latency of an index never stops the copies. The dealer and the loaders
+// take the same pairs in the same order, each at its own pace; pair i uses stage i % kStages of
+// both rings.
 //
 // Rounds. The consumers take turns in issuing their products (consumer.h), one turn each a round.
-// The dealer tells each consumer what it does in its next round: it steps as soon as it has got two
-// boxes; one that has held a single box while kMaxHold others went by steps with that one, since a
-// stage that is held for long would stop the ring. It passes a round on only if the other consumer
-// comes to a second step before it has one: passing would else wait for the one that passes.
+// The dealer tells each consumer what it does in its next round: a step with the next pair that it
+// owns. It passes a round on only if the other consumer comes to a second step before it has one:
+// passing would else wait for the one that passes. A word is handed over when the next one is
+// known, so that the tile's last step can say that it is the last.
 #pragma once
 
+#include "attention/sm90/pairing.h"
 #include "attention/sm90/tensor_map.h"
 #include "attention/sm90/walker.h"
 
 namespace sparseattn::sm90 {
-
-constexpr uint32_t kBatchCount = 63;
-constexpr uint32_t kBatchEnd = 64;    // the tile's last
-constexpr uint32_t kBatchStop = 128;  // no tile: nothing comes after it
 
 /// Which pair of tiles a number stands for. The heads of one key/value head and neighbouring pairs
 /// run together and share L2; a head's longest pairs come first.
@@ -52,17 +50,17 @@ class Planner {
       uint32_t number = 0;
       if (lane_ == 0) number = atomicAdd(params_.plan.next_tile, 1u);
       number = __shfl_sync(~0u, number, 0);
-      Tile tile{-1, 0, 0, 0, 0, {}};
-      if (number < tiles) tile = tile_of(params_, number);
       smem_.tile_free[tile_.index].wait(tile_.parity ^ 1);
+      Tile& tile = smem_.tiles[tile_.index];
       if (lane_ == 0) {
-        smem_.tiles[tile_.index] = tile;
+        tile = number < tiles ? tile_of(params_, number) : Tile{-1, 0, 0, 0, 0, {}};
         smem_.tile_full[tile_.index].arrive();
       }
+      __syncwarp();
       tile_.advance();
-      if (tile.sequence < 0) {
+      if (number >= tiles) {
         begin_batch();
-        end_batch(kBatchStop);
+        end_batch(Box::kStop);
         return;
       }
       switch (tile.task.kind) {
@@ -81,21 +79,21 @@ class Planner {
  private:
   template <class Walker>
   __device__ __forceinline__ void walk(const Tile& tile) {
-    const WalkerContext at{params_.plan, tile.task, PairScope(tile), tile.first_row, lane_};
+    const WalkerContext at{params_.plan, tile, lane_};
     Walker walker;
     for (bool done = false; !done;) {
       begin_batch();
-      const Filled filled = walker.fill(at, smem_.planned[batch_.index]);
+      const Filled filled = walker.fill(at, smem_.boxes[batch_.index]);
       done = filled.done;
-      end_batch(filled.count | (done ? kBatchEnd : 0));
+      end_batch(filled.count | (done ? Box::kTileEnd : 0));
     }
   }
-  __device__ void begin_batch() { smem_.batch_free[batch_.index].wait(batch_.parity ^ 1); }
-  __device__ void end_batch(uint32_t header) {
+  __device__ void begin_batch() { smem_.boxes_free[batch_.index].wait(batch_.parity ^ 1); }
+  __device__ void end_batch(uint32_t head) {
     __syncwarp();
     if (lane_ == 0) {
-      smem_.batch[batch_.index] = header;
-      smem_.batch_full[batch_.index].arrive();
+      smem_.box_count[batch_.index] = head;
+      smem_.boxes_full[batch_.index].arrive();
     }
     batch_.advance();
   }
@@ -106,34 +104,7 @@ class Planner {
   RingPosition<2> tile_, batch_;
 };
 
-/// One of the three warps that read the planned boxes: calls self.begin_tile(), self.box(box) for
-/// each box, self.end_tile(), for every tile.
-template <class Storage, class Self>
-__device__ __forceinline__ void read_boxes(Storage& smem, int lane, Self& self) {
-  RingPosition<2> batch;
-  for (bool begins = true;;) {
-    smem.batch_full[batch.index].wait(batch.parity);
-    const uint32_t header = smem.batch[batch.index];
-    if (header & kBatchStop) return;
-    if (begins) self.begin_tile();
-    const int count = header & kBatchCount;
-#pragma unroll 1
-    for (int i = 0; i < count; ++i) self.box(smem.planned[batch.index][i]);
-    __syncwarp();
-    if (lane == 0) smem.batch_free[batch.index].arrive();
-    batch.advance();
-    begins = header & kBatchEnd;
-    if (begins) self.end_tile();
-  }
-}
-
-/// A consumer that does not own the box never looks at its stage.
-__device__ __forceinline__ void arrive_for_strangers(cuda::MBarrier& free, uint32_t flags) {
-  const int strangers = !(flags & Box::kOwner) + !(flags & Box::kOwner << 1);
-  if (strangers != 0) free.arrive(strangers * kConsumerWarps);
-}
-
-/// Loads the keys of all boxes and the queries of all tiles, or (kKeys false) the values.
+/// Loads the keys of all pairs, or (kKeys false) their values.
 template <class Traits, bool kKeys>
 class Loader {
  public:
@@ -143,65 +114,82 @@ class Loader {
   __device__ Loader(const AttentionParams& params, const TensorMaps& maps, Storage& smem, int lane)
       : params_(params), maps_(maps), smem_(smem), lane_(lane) {}
 
-  __device__ void run() { read_boxes(smem_, lane_, *this); }
+  __device__ void run() {
+    RingPosition<kPairSlots> slot;
+    for (bool begins = true;; slot.advance()) {
+      smem_.pairs_full[slot.index].wait(slot.parity);
+      const Box(&boxes)[2] = smem_.pairs[slot.index];
+      const uint32_t flags = boxes[0].flags;
+      if (flags & Box::kStop) return;
+      if (begins) begin_tile();
+      begins = flags & Box::kTileEnd;
+      if (!begins) load_pair(boxes);
+      __syncwarp();
+      if (lane_ == 0) smem_.pairs_free[slot.index].arrive();
+    }
+  }
 
+ private:
   __device__ __forceinline__ void begin_tile() {
     smem_.tile_full[tile_.index].wait(tile_.parity);
     const Tile& tile = smem_.tiles[tile_.index];
     sequence_ = tile.sequence;
     kv_head_ = tile.head / params_.shape.group();
     packed_row_ = tile.task.slot * params_.plan.sizes.packed_rows();
-    if constexpr (kKeys) load_query(tile);
     __syncwarp();
     if (lane_ == 0) smem_.tile_free[tile_.index].arrive();
     tile_.advance();
   }
 
-  __device__ __forceinline__ void box(const Box& box) {
-    const int start = box.start;
-    const uint32_t flags = box.flags;
+  __device__ __forceinline__ void load_pair(const Box (&boxes)[2]) {
     cuda::MBarrier& full = kKeys ? smem_.keys_full[at_.index] : smem_.values_full[at_.index];
     cuda::MBarrier& free = kKeys ? smem_.keys_free[at_.index] : smem_.values_free[at_.index];
-    Element* to = kKeys ? smem_.keys[at_.index] : smem_.values[at_.index];
+    Element* stage = kKeys ? smem_.keys[at_.index] : smem_.values[at_.index];
     free.wait(at_.parity ^ 1);
-    if (flags & Box::kRagged) {
+    int copied = 0;
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+      if (!(boxes[i].flags & Box::kRagged)) {
+        ++copied;
+        continue;
+      }
       const View& view = kKeys ? params_.k : params_.v;
       const Element* source = static_cast<const Element*>(view.data) +
                               sequence_ * view.batch_stride + kv_head_ * view.head_stride;
-      copy_rows<Traits>(to, source, view.row_stride, start, box.count, lane_);
+      copy_rows<Traits>(stage + i * kBoxRows * Traits::kAtomCols, source, view.row_stride,
+                        boxes[i].start, boxes[i].count(), lane_);
     }
     if (lane_ == 0) {
-      if constexpr (kKeys) smem_.boxes[at_.index] = box;
-      arrive_for_strangers(free, flags);
-      if (flags & Box::kRagged) {
-        full.arrive();
-      } else {
-        full.arrive_expect(Traits::kBoxBytes);
-        const bool packed = flags & Box::kPacked;
-        const RowMap& rows = kKeys ? maps_.k : maps_.v;
-        const RowMap& packed_rows = kKeys ? maps_.packed_k : maps_.packed_v;
-        const RowMap& map = packed ? packed_rows : rows;
-        load_rows(to, map, &full, cuda::L2Policy::kEvictLast, packed ? packed_row_ + start : start,
-                  packed ? 0 : kv_head_ * rows.head_step, packed ? 0 : sequence_ * rows.batch_step);
+      if constexpr (kKeys) {
+        smem_.stages[at_.index][0] = boxes[0];
+        smem_.stages[at_.index][1] = boxes[1];
+      }
+      // A consumer that does not own the pair never looks at its stage.
+      const uint32_t owners = boxes[0].owners();
+      const int strangers = !(owners & 1) + !(owners & 2);
+      if (strangers != 0) free.arrive(strangers * kConsumerWarps);
+      full.arrive_expect(copied * Traits::kBoxBytes);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (!(boxes[i].flags & Box::kRagged)) load(stage, i, boxes[i], full);
       }
     }
     __syncwarp();
     at_.advance();
   }
 
-  __device__ void end_tile() {}
-
- private:
-  __device__ __forceinline__ void load_query(const Tile& tile) {
-    smem_.query_free.wait(query_parity_ ^ 1);
-    query_parity_ ^= 1;
-    if (lane_ != 0) return;
-    smem_.query_full.arrive_expect(kConsumers * Traits::kBoxBytes);
+  __device__ __forceinline__ void load(Element* stage, int i, const Box& box,
+                                       cuda::MBarrier& full) const {
+    const bool packed = box.flags & Box::kPacked;
+    const RowMap& rows = kKeys ? maps_.k : maps_.v;
+    const RowMap& map = !packed ? rows : kKeys ? maps_.packed_k : maps_.packed_v;
+    const int row = packed ? packed_row_ + box.start : box.start;
+    const int head = packed ? 0 : kv_head_ * rows.head_step;
+    const int sequence = packed ? 0 : sequence_ * rows.batch_step;
 #pragma unroll
-    for (int w = 0; w < kConsumers; ++w) {
-      load_rows(smem_.query[w], maps_.q, &smem_.query_full, cuda::L2Policy::kEvictFirst,
-                tile.first_row + kTileRows * w, tile.head * maps_.q.head_step,
-                sequence_ * maps_.q.batch_step);
+    for (int piece = 0; piece < Traits::kPieces; ++piece) {
+      load_piece(stage + (piece * kStageRows + i * kBoxRows) * Traits::kAtomCols, map, &full,
+                 cuda::L2Policy::kEvictLast, row, piece, head, sequence);
     }
   }
 
@@ -211,91 +199,139 @@ class Loader {
   const int lane_;
   RingPosition<2> tile_;
   RingPosition<Traits::kStages> at_;
-  uint32_t query_parity_ = 0;
   int sequence_ = 0, kv_head_ = 0, packed_row_ = 0;
 };
 
-/// Gives the boxes to their owners, round by round.
+/// Pairs the boxes and gives them to their owners, round by round: lane w deals for consumer w. It
+/// also loads the queries, after it has passed on the first pairs of their tile: so keys and values
+/// may be there before the last products of the tile before let the queries in.
 template <class Traits>
 class Dealer {
  public:
   using Storage = typename Traits::SharedStorage;
-  static constexpr int kMaxHold = 3;
 
-  __device__ Dealer(Storage& smem, int lane) : smem_(smem), lane_(lane) {}
+  __device__ Dealer(const AttentionParams& params, const TensorMaps& maps, Storage& smem, int lane)
+      : params_(params), maps_(maps), smem_(smem), lane_(lane), consumer_(lane % 2) {}
 
-  __device__ void run() { read_boxes(smem_, lane_, *this); }
+  __device__ void run() {
+    RingPosition<2> batch;
+    Pairing pairing;
+    const auto place = [this](int pair) -> Box(&)[2] { return smem_.pairs[slot_of(pair)]; };
+    for (bool begins = true;; batch.advance()) {
+      smem_.boxes_full[batch.index].wait(batch.parity);
+      const uint32_t head = smem_.box_count[batch.index];
+      Box box;
+      if (lane_ < kBatch) box = smem_.boxes[batch.index][lane_];
+      __syncwarp();
+      if (lane_ == 0) smem_.boxes_free[batch.index].arrive();
 
-  __device__ void begin_tile() {}
-
-  __device__ __forceinline__ void box(const Box& box) {
-    const uint32_t flags = box.flags;
-    // The second consumer comes first: its tile begins where the keys do.
-#pragma unroll
-    for (int w = kConsumers - 1; w >= 0; --w) {
-      const bool masked = flags >> w & (Box::kMasked | Box::kByRow);
-      const uint32_t own = RoundWord::of_box(at_.index, at_.parity, masked);
-      if (flags >> w & Box::kOwner) {
-        if (age_[w] != 0) push_step(w, RoundWord::kStep | held_[w] | RoundWord::second(own));
-        held_[w] = own;
-        age_[w] = age_[w] == 0;
-      } else if (age_[w] != 0 && ++age_[w] > kMaxHold) {
-        push_step(w, step_with_held(w));
+      await_slots();
+      const uint32_t mark = head & (Box::kTileEnd | Box::kStop);
+      int count = pairing.add(box, head & 0xff, lane_, smem_.held, place);
+      if (mark != 0) {
+        count += pairing.finish(lane_, smem_.held,
+                                [&](int pair) -> Box(&)[2] { return place(count + pair); });
+        if (lane_ == 0) place(count)[0].flags = mark;
+      }
+      __syncwarp();
+      const int slots = count + (mark != 0);
+      if (lane_ < slots) smem_.pairs_full[slot_of(lane_)].arrive();
+      if (mark & Box::kStop) return;
+      if (begins && slots != 0) {
+        begin_tile();
+        begins = false;
+      }
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) deal(place(i));
+      slots_ += slots;
+      if (mark != 0) {
+        end_tile();
+        begins = true;
       }
     }
-    at_.advance();
-  }
-
-  /// Evens out the rounds and ends the tile with one more, in which consumers step with what they
-  /// still hold.
-  __device__ void end_tile() {
-#pragma unroll
-    for (int w = 0; w < kConsumers; ++w) {
-      if (lead_[w] < lead_[1 - w]) push_step(w, step_with_held(w));
-    }
-#pragma unroll
-    for (int w = 0; w < kConsumers; ++w) push(w, RoundWord::kEnd | step_with_held(w));
-    lead_[0] = lead_[1] = 0;
   }
 
  private:
-  /// A step with the one box that consumer w holds, or none.
-  __device__ __forceinline__ uint32_t step_with_held(int w) {
-    if (age_[w] == 0) return 0;
-    age_[w] = 0;
-    return RoundWord::kStep | RoundWord::kSingle | RoundWord::kMask << 1 | held_[w] |
-           RoundWord::second(held_[w]);
+  /// Slots are taken in order, and the loaders free them in order: the last of a batch at most is
+  /// free, so all before it are.
+  __device__ void await_slots() {
+    const uint32_t last = slots_ + kBatchPairs - 1;
+    smem_.pairs_free[last % kPairSlots].wait(last / kPairSlots & 1 ^ 1);
   }
+  __device__ int slot_of(int pair) const { return (slots_ + pair) % kPairSlots; }
 
-  /// The next round of consumer w. The other, where it has had no step since this one's last,
-  /// passes.
-  __device__ __forceinline__ void push_step(int w, uint32_t word) {
-    if (lead_[w] > lead_[1 - w]) {
-      push(1 - w, 0);
-      ++lead_[1 - w];
-    }
-    push(w, word);
-    ++lead_[w];
-  }
-
-  __device__ __forceinline__ void push(int w, uint32_t word) {
-    auto& round = round_[w];
-    smem_.round_free[w][round.index].wait(round.parity ^ 1);
+  __device__ __forceinline__ void begin_tile() {
+    smem_.tile_full[tile_.index].wait(tile_.parity);
+    smem_.query_free.wait(query_parity_ ^ 1);
+    query_parity_ ^= 1;
     if (lane_ == 0) {
-      smem_.rounds[w][round.index] = word;
-      smem_.round_full[w][round.index].arrive();
+      load_query(smem_.tiles[tile_.index]);
+      smem_.tile_free[tile_.index].arrive();
     }
     __syncwarp();
-    round.advance();
+    tile_.advance();
   }
 
+  __device__ __forceinline__ void deal(const Box (&boxes)[2]) {
+    uint32_t word = 0;
+    if (boxes[0].owners() >> consumer_ & 1) {
+      word = RoundWord::kStep | static_cast<uint32_t>(at_.index) | at_.parity * RoundWord::kParity;
+      if (boxes[0].masked(consumer_)) word |= RoundWord::kMask;
+      if (boxes[1].masked(consumer_)) word |= RoundWord::kMask << 1;
+    }
+    // A second step of the other, and still none here: this one passes.
+    const int other_rounds = __shfl_xor_sync(~0u, rounds_, 1);
+    const bool passes = word == 0 && other_rounds > rounds_;
+    if (word != 0 || passes) push(word);
+    at_.advance();
+  }
+
+  /// Evens out the rounds, and hands over each consumer's last.
+  __device__ __forceinline__ void end_tile() {
+    const int rounds = max(1, __shfl_xor_sync(~0u, rounds_, 1));
+    if (rounds_ < rounds) push(0);
+    hand_over(next_ | RoundWord::kEnd);
+    rounds_ = 0;
+  }
+
+  __device__ __forceinline__ void load_query(const Tile& tile) {
+    smem_.query_full.arrive_expect(kConsumers * Traits::kBoxBytes);
+#pragma unroll
+    for (int w = 0; w < kConsumers; ++w) {
+#pragma unroll
+      for (int piece = 0; piece < Traits::kPieces; ++piece) {
+        load_piece(smem_.query[w] + piece * kBoxRows * Traits::kAtomCols, maps_.q,
+                   &smem_.query_full, cuda::L2Policy::kEvictFirst, tile.first_row + kTileRows * w,
+                   piece, tile.head * maps_.q.head_step, tile.sequence * maps_.q.batch_step);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void push(uint32_t word) {
+    if (rounds_ != 0) hand_over(next_);
+    next_ = word;
+    ++rounds_;
+  }
+  __device__ __forceinline__ void hand_over(uint32_t word) {
+    if (lane_ < kConsumers) {
+      smem_.round_free[consumer_][round_.index].wait(round_.parity ^ 1);
+      smem_.rounds[consumer_][round_.index] = word;
+      smem_.round_full[consumer_][round_.index].arrive();
+    }
+    round_.advance();
+  }
+
+  const AttentionParams& params_;
+  const TensorMaps& maps_;
   Storage& smem_;
-  const int lane_;
+  const int lane_, consumer_;
+  RingPosition<2> tile_;
+  uint32_t query_parity_ = 0;
+  uint32_t slots_ = 0;  // taken so far
   RingPosition<Traits::kStages> at_;
-  RingPosition<kRounds> round_[kConsumers];
-  uint32_t held_[kConsumers] = {0, 0};  // RoundWord of the box that a consumer holds
-  int age_[kConsumers] = {0, 0};        // 0: holds none; else 1 + the boxes gone by since
-  int lead_[kConsumers] = {0, 0};       // rounds of the tile so far
+  RingPosition<kRounds> round_;
+  uint32_t next_ = 0;  // word not yet handed over, if there are rounds
+  int rounds_ = 0;     // of the tile so far
 };
 
 }  // namespace sparseattn::sm90

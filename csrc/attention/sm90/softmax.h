@@ -15,26 +15,35 @@ __device__ __forceinline__ float quad_sum(float x) {
 }
 
 /// Fragments are accumulators, element 4 n + 2 row + c: column 8 n + 2 (lane % 4) + c.
+///
+/// Probabilities are relative to a reference, a maximum of earlier scores that may be behind by
+/// kSlack (base 2), so that outputs are rescaled rarely.
+template <int kSlack>
 struct OnlineSoftmax {
-  float max[2];  // of the raw scores
-  float sum[2];  // this thread's share, relative to max
+  float max[2];  // the reference, a raw score
+  float sum[2];  // this thread's share, relative to the reference
 
   __device__ __forceinline__ void reset() {
     max[0] = max[1] = -INFINITY;
     sum[0] = sum[1] = 0.f;
   }
 
-  /// Raises the maxima to those of the scores. `rescale` receives the factors from the old maxima
-  /// to the new ones, exactly 1 where a maximum stays: a rounding error here would compound over
-  /// the thousands of steps of a long row. Returns whether any row of the warp needs them.
+  /// Raises the references of the warp to the maxima of the scores, if one is behind by more than
+  /// kSlack; then true, and `rescale` receives the factors from the old references to the new
+  /// ones, exactly 1 where one stays.
   template <class Scores>
   __device__ __forceinline__ bool raise(const Scores& scores, float scale_log2,
                                         float (&rescale)[2]) {
     constexpr int kTiles = decltype(cute::size(scores))::value / 4;
     // Two chains a row, and both rows at once: one chain alone would wait on its own latency.
-    float high[2][2] = {{max[0], max[0]}, {max[1], max[1]}};
+    float high[2][2];
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
+    for (int row = 0; row < 2; ++row) {
+      high[row][0] = fmaxf(scores(2 * row), scores(2 * row + 1));
+      high[row][1] = fmaxf(scores(4 + 2 * row), scores(4 + 2 * row + 1));
+    }
+#pragma unroll
+    for (int n = 2; n < kTiles; ++n) {
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         high[row][n % 2] =
@@ -42,6 +51,11 @@ struct OnlineSoftmax {
       }
     }
     float top[2] = {fmaxf(high[0][0], high[0][1]), fmaxf(high[1][0], high[1][1])};
+    // With nothing seen yet the reference is -inf: any score is above it. -inf - -inf compares
+    // false.
+    const bool behind =
+        (top[0] - max[0]) * scale_log2 > kSlack || (top[1] - max[1]) * scale_log2 > kSlack;
+    if (!__any_sync(~0u, behind)) return false;
 #pragma unroll
     for (int lanes = 2; lanes > 0; lanes /= 2) {
 #pragma unroll
@@ -49,21 +63,19 @@ struct OnlineSoftmax {
         top[row] = fmaxf(top[row], __shfl_xor_sync(~0u, top[row], lanes));
       }
     }
-    bool changed = false;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
+      top[row] = fmaxf(top[row], max[row]);
       rescale[row] = cuda::exp2_approx((max[row] - finite(top[row])) * scale_log2);
-      changed = changed || rescale[row] != 1.f;
       max[row] = top[row];
       sum[row] *= rescale[row];
     }
-    return __any_sync(~0u, changed);
+    return true;
   }
 
-  /// Turns scores into probabilities, two by two: write(i, a, b) receives elements 2 i and 2 i + 1.
-  template <class Scores, class Write>
-  __device__ __forceinline__ void exponentiate(const Scores& scores, float scale_log2,
-                                               const Write& write) {
+  /// Turns scores into probabilities, in place.
+  template <class Scores>
+  __device__ __forceinline__ void exponentiate(Scores& scores, float scale_log2) {
     constexpr int kTiles = decltype(cute::size(scores))::value / 4;
     const float shift[2] = {finite(max[0]) * scale_log2, finite(max[1]) * scale_log2};
     float total[2][2] = {{0.f, 0.f}, {0.f, 0.f}};
@@ -71,12 +83,12 @@ struct OnlineSoftmax {
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        const int i = 4 * n + 2 * row;
-        const float a = cuda::exp2_approx(fmaf(scores(i), scale_log2, -shift[row]));
-        const float b = cuda::exp2_approx(fmaf(scores(i + 1), scale_log2, -shift[row]));
-        total[row][0] += a;
-        total[row][1] += b;
-        write(i / 2, a, b);
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float& x = scores(4 * n + 2 * row + c);
+          x = cuda::exp2_approx(fmaf(x, scale_log2, -shift[row]));
+          total[row][c] += x;
+        }
       }
     }
     sum[0] += total[0][0] + total[0][1];

@@ -48,8 +48,7 @@ Status encode_rows(Encode encode, const AttentionParams& params, const View& vie
   const cuuint64_t strides[4] = {
       bytes(extent.rows, view.row_stride), static_cast<cuuint64_t>(atom_cols) * kElement,
       bytes(extent.heads, view.head_stride), bytes(extent.batch, view.batch_stride)};
-  const cuuint32_t box[5] = {static_cast<cuuint32_t>(atom_cols), kBoxRows,
-                             static_cast<cuuint32_t>(sizes[2]), 1, 1};
+  const cuuint32_t box[5] = {static_cast<cuuint32_t>(atom_cols), kBoxRows, 1, 1, 1};
   const cuuint32_t steps[5] = {1, 1, 1, 1, 1};
   const auto type = params.dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                                     : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;

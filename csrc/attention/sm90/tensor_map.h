@@ -9,9 +9,8 @@
 
 namespace sparseattn::sm90 {
 
-/// A [batch, heads, rows, head_dim] tensor whose copies are boxes of 64 rows. head_dim is two
-/// dimensions of the map, so that one copy writes all swizzled pieces of columns, one after the
-/// other. A dimension with stride 0 has one entry in the map.
+/// A [batch, heads, rows, head_dim] tensor whose copies are 64 rows of a swizzled piece of the
+/// columns. A dimension with stride 0 has one entry in the map.
 struct RowMap {
   CUtensorMap map;
   int32_t head_step;   // 0 or 1: coordinate of head h is h * head_step
@@ -25,14 +24,15 @@ struct TensorMaps {
 /// Fills `maps` for a call; `atom_cols` columns a piece. Host.
 Status make_tensor_maps(const AttentionParams& params, int atom_cols, TensorMaps& maps);
 
-/// 64 rows from `row` on.
-__device__ __forceinline__ void load_rows(void* to, const RowMap& source, cuda::MBarrier* barrier,
-                                          cuda::L2Policy policy, int row, int head, int sequence) {
-  cuda::load_box(to, &source.map, barrier, policy, 0, row, 0, head, sequence);
+/// 64 rows from `row` on, of one piece of columns.
+__device__ __forceinline__ void load_piece(void* to, const RowMap& source, cuda::MBarrier* barrier,
+                                           cuda::L2Policy policy, int row, int piece, int head,
+                                           int sequence) {
+  cuda::load_box(to, &source.map, barrier, policy, 0, row, piece, head, sequence);
 }
 
-/// Rows [row, row + count) by ordinary loads, zeros for the rest of the 64 and before row 0; a
-/// warp. `source` is row 0.
+/// Rows [row, row + count) by ordinary loads into half a stage, zeros for the rest of the 64 and
+/// before row 0; a warp. `source` is row 0.
 template <class Traits>
 __device__ __forceinline__ void copy_rows(typename Traits::Element* to,
                                           const typename Traits::Element* source,
@@ -47,7 +47,7 @@ __device__ __forceinline__ void copy_rows(typename Traits::Element* to,
     if (r < count && row + r >= 0) {
       data = *reinterpret_cast<const uint4*>(source + (row + r) * row_stride + 8 * piece);
     }
-    *reinterpret_cast<uint4*>(to + (atom * kBoxRows + r) * Traits::kAtomCols +
+    *reinterpret_cast<uint4*>(to + (atom * kStageRows + r) * Traits::kAtomCols +
                               8 * (inner ^ Traits::swizzle(r))) = data;
   }
   cuda::fence_async_shared();

@@ -13,8 +13,13 @@
 
 namespace sparseattn::sm90 {
 
-/// Planned boxes wait in two batches of at most this many.
-constexpr int kBatch = 32;
+/// Boxes go from the planner to the dealer in two batches of at most this many.
+constexpr int kBatch = 16;
+/// The most pairs that come of a batch and three boxes held, and a mark after them.
+constexpr int kBatchPairs = kBatch / 2 + 3;
+/// Pairs that the dealer may be ahead of the loaders. It must always be some ahead: what it deals
+/// makes the consumers release the stages that the loaders wait for (producer.h).
+constexpr int kPairSlots = 16;
 /// Rounds that the dealer may be ahead of the consumers.
 constexpr int kRounds = 8;
 
@@ -24,8 +29,11 @@ struct Traits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   /// A thread's, within the 168 that a launch gives each; accumulators set the consumers' need.
-  static constexpr int kProducerRegisters = kHeadDim == 128 ? 40 : 88;
-  static constexpr int kConsumerRegisters = kHeadDim == 128 ? 232 : 208;
+  static constexpr int kProducerRegisters = kHeadDim == 128 ? 56 : 88;
+  static constexpr int kConsumerRegisters = kHeadDim == 128 ? 224 : 208;
+
+  /// How far the softmax reference may be behind, in powers of two (softmax.h).
+  static constexpr int kSlack = 8;
 
   /// Rows are cut into swizzled pieces of kAtomCols: 128 bytes, or 64 where head_dim is no
   /// multiple.
@@ -34,56 +42,70 @@ struct Traits {
   static __device__ __forceinline__ int swizzle(int row) {
     return kAtomCols == 64 ? row % 8 : row / 2 % 4;
   }
+  static constexpr int kPieces = kHeadDim / kAtomCols;
   static constexpr int kBoxElements = kBoxRows * kHeadDim;
   static constexpr uint32_t kBoxBytes = kBoxElements * sizeof(Element);
-  static constexpr int kStages = kHeadDim == 128 ? 6 : kHeadDim == 96 ? 8 : 12;
+  /// A stage holds a pair of boxes, piece by piece: [pieces, 128 rows, kAtomCols].
+  static constexpr int kStageElements = kStageRows * kHeadDim;
+  static constexpr int kStages = kHeadDim == 128 ? 3 : kHeadDim == 96 ? 4 : 6;
 
-  /// [64 keys, head_dim, stages], and the same memory read as values: [head_dim, 64 keys, stages].
-  /// A piece of kAtomCols columns is contiguous over all 64 rows, as the copy writes it.
+  /// [128 keys, head_dim, stages], and the same memory read as values: [head_dim, 128, stages].
   using KeyAtom = std::conditional_t<kAtomCols == 64, cute::GMMA::Layout_K_SW128_Atom<Element>,
                                      cute::GMMA::Layout_K_SW64_Atom<Element>>;
   using ValueAtom = std::conditional_t<kAtomCols == 64, cute::GMMA::Layout_MN_SW128_Atom<Element>,
                                        cute::GMMA::Layout_MN_SW64_Atom<Element>>;
   using KeyLayout = decltype(cute::tile_to_shape(
-      KeyAtom{}, cute::Shape<cute::Int<kBoxRows>, cute::Int<kHeadDim>, cute::Int<kStages>>{}));
+      KeyAtom{}, cute::Shape<cute::Int<kStageRows>, cute::Int<kHeadDim>, cute::Int<kStages>>{}));
   using ValueLayout = decltype(cute::tile_to_shape(
-      ValueAtom{}, cute::Shape<cute::Int<kHeadDim>, cute::Int<kBoxRows>, cute::Int<kStages>>{},
+      ValueAtom{}, cute::Shape<cute::Int<kHeadDim>, cute::Int<kStageRows>, cute::Int<kStages>>{},
       cute::Step<cute::_2, cute::_1, cute::_3>{}));
 
-  /// scores = query (registers) x keys^T; output += probabilities (registers) x values.
-  template <int kColumns, cute::GMMA::Major kMajor>
-  static constexpr auto atom() {
+  /// scores = query x keys^T, both in shared memory; output += probabilities (registers) x values.
+  static constexpr auto score_atom() {
     using namespace cute::SM90::GMMA;
     constexpr auto kK = cute::GMMA::Major::K;
     if constexpr (std::is_same_v<Element, cutlass::half_t>) {
-      if constexpr (kColumns == 64) return MMA_64x64x16_F32F16F16_RS<kK, kMajor>{};
-      if constexpr (kColumns == 96) return MMA_64x96x16_F32F16F16_RS<kK, kMajor>{};
-      if constexpr (kColumns == 128) return MMA_64x128x16_F32F16F16_RS<kK, kMajor>{};
+      return MMA_64x128x16_F32F16F16_SS<kK, kK>{};
     } else {
-      if constexpr (kColumns == 64) return MMA_64x64x16_F32BF16BF16_RS<kK, kMajor>{};
-      if constexpr (kColumns == 96) return MMA_64x96x16_F32BF16BF16_RS<kK, kMajor>{};
-      if constexpr (kColumns == 128) return MMA_64x128x16_F32BF16BF16_RS<kK, kMajor>{};
+      return MMA_64x128x16_F32BF16BF16_SS<kK, kK>{};
     }
   }
-  using ScoreMma = decltype(cute::make_tiled_mma(atom<kBoxRows, cute::GMMA::Major::K>()));
-  using OutputMma = decltype(cute::make_tiled_mma(atom<kHeadDim, cute::GMMA::Major::MN>()));
+  static constexpr auto output_atom() {
+    using namespace cute::SM90::GMMA;
+    constexpr auto kK = cute::GMMA::Major::K, kMn = cute::GMMA::Major::MN;
+    if constexpr (std::is_same_v<Element, cutlass::half_t>) {
+      if constexpr (kHeadDim == 64) return MMA_64x64x16_F32F16F16_RS<kK, kMn>{};
+      if constexpr (kHeadDim == 96) return MMA_64x96x16_F32F16F16_RS<kK, kMn>{};
+      if constexpr (kHeadDim == 128) return MMA_64x128x16_F32F16F16_RS<kK, kMn>{};
+    } else {
+      if constexpr (kHeadDim == 64) return MMA_64x64x16_F32BF16BF16_RS<kK, kMn>{};
+      if constexpr (kHeadDim == 96) return MMA_64x96x16_F32BF16BF16_RS<kK, kMn>{};
+      if constexpr (kHeadDim == 128) return MMA_64x128x16_F32BF16BF16_RS<kK, kMn>{};
+    }
+  }
+  using ScoreMma = decltype(cute::make_tiled_mma(score_atom()));
+  using OutputMma = decltype(cute::make_tiled_mma(output_atom()));
+  using QueryLayout = decltype(cute::tile_to_shape(
+      KeyAtom{}, cute::Shape<cute::Int<kTileRows>, cute::Int<kHeadDim>>{}));
 
   struct SharedStorage {
     alignas(1024) Element query[kConsumers][kBoxElements];
-    alignas(1024) Element keys[kStages][kBoxElements];
-    alignas(1024) Element values[kStages][kBoxElements];
-    Box planned[2][kBatch];                // planner to loaders and dealer
-    Box boxes[kStages];                    // to consumers, with the keys of the stage
+    alignas(1024) Element keys[kStages][kStageElements];
+    alignas(1024) Element values[kStages][kStageElements];
+    Box boxes[2][kBatch];                  // planner to dealer
+    Box held[3];                           // the dealer's, without a partner yet
+    Box pairs[kPairSlots][2];              // dealer to loaders
+    Box stages[kStages][2];                // key loader to consumers, with the stage
     uint32_t rounds[kConsumers][kRounds];  // RoundWords, dealer to consumers
     Tile tiles[2];
-    uint32_t batch[2];  // boxes in it, and kBatch* flags
+    uint32_t box_count[2];  // and Box::kTileEnd, Box::kStop
     // full: one arrival by the side that writes; free: one by every reader (see kernel.h).
     cuda::MBarrier keys_full[kStages], keys_free[kStages];
     cuda::MBarrier values_full[kStages], values_free[kStages];
     cuda::MBarrier query_full, query_free;
     cuda::MBarrier round_full[kConsumers][kRounds], round_free[kConsumers][kRounds];
     cuda::MBarrier tile_full[2], tile_free[2];
-    cuda::MBarrier batch_full[2], batch_free[2];
+    cuda::MBarrier boxes_full[2], boxes_free[2], pairs_full[kPairSlots], pairs_free[kPairSlots];
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);
 };

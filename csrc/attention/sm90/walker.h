@@ -1,32 +1,43 @@
 // Walkers turn a head's pattern and index into the boxes of a pair of query tiles.
 //
-// One warp calls fill() until it returns a count with kDone; each call writes up to kBatch boxes.
+// One warp calls fill() until it is done; each call writes up to kBatch boxes.
 // Keys inside a box are loaded whatever its masks say, so every row of a box is seen by some row of
 // the call, lies outside the tensor (zeros), or is cut off by kRagged.
 #pragma once
 
 #include <cstdint>
 
+#include "attention/sm90/pairing.h"
 #include "attention/sm90/traits.h"
 
 namespace sparseattn::sm90 {
 
+/// The tile lies in shared memory, and its scope is computed where it is needed: the planner's
+/// registers are few.
 struct WalkerContext {
   const Plan& plan;
-  HeadTask task;
-  PairScope scope;
-  int first_row;
+  const Tile& tile;
   int lane;
+
+  /// Boxes are made by the lanes below kBatch; the others do the same and keep nothing.
+  __device__ int maker() const { return lane % kBatch; }
+  __device__ bool makes() const { return lane < kBatch; }
+
+  __device__ PairScope scope() const { return PairScope(tile); }
+  __device__ int64_t slot() const { return tile.task.slot; }
 };
 
-/// Boxes written, and whether they were the last.
+/// Boxes written, and whether they were the last; the same for all lanes.
 struct Filled {
   int count;
   bool done;
 };
 
-__device__ __forceinline__ int lanes_below(unsigned ballot, int lane) {
-  return __popc(ballot & ((1u << lane) - 1));
+/// Writes the boxes of the lanes that have one, without gaps.
+__device__ __forceinline__ int write_boxes(const Box& box, bool kept, int lane, Box* boxes) {
+  const unsigned all = __ballot_sync(~0u, kept);
+  if (kept) boxes[lanes_below(all, lane)] = box;
+  return __popc(all);
 }
 
 /// A box of the keys [start, start + 64) of which [from, to) count, for the consumers in `owners`.
@@ -36,7 +47,7 @@ struct RangeBox {
   Box box;
 
   __device__ RangeBox(const PairScope& scope, int start, int from, int to)
-      : scope(scope), box{start, 0, {{0, 0}, {0, 0}}, kBoxRows} {
+      : scope(scope), box{start, 0, {{0, 0}, {0, 0}}} {
     const uint64_t bits = ~uint64_t{0} >> (64 - (to - from)) << (from - start);
     box.bits[0][0] = box.bits[1][0] = static_cast<uint32_t>(bits);
     box.bits[0][1] = box.bits[1][1] = static_cast<uint32_t>(bits >> 32);
@@ -52,8 +63,7 @@ struct RangeBox {
 /// and beyond.
 __device__ __forceinline__ void cut(Box& box, int limit, int tensor_rows) {
   if (box.start + kBoxRows > limit && limit < tensor_rows) {
-    box.flags |= Box::kRagged;
-    box.count = limit - box.start;
+    box.flags |= Box::kRagged | (limit - box.start) * Box::kCount;
   }
 }
 
@@ -63,31 +73,33 @@ struct BandWalker {
   int cursor = 0;  // next box
 
   __device__ Filled fill(const WalkerContext& at, Box* boxes) {
-    const PairScope& scope = at.scope;
-    const int window = at.task.window, sink = at.task.sink;
+    const PairScope scope = at.scope();
+    const int window = at.tile.task.window, sink = at.tile.task.sink;
     const int last = scope.last_of_pair();
-    // Keys from here on may be inside some row's window; with window 0 there are none.
-    const int window_start = window > 0 ? max(0, scope.first[0] + 1 - window) : last;
+    // Keys from here on may be inside some row's window; with window 0 there are none. Tiles
+    // without rows have no keys.
+    const int window_start = window > 0 ? min(max(0, scope.first[0] + 1 - window), last) : last;
     const int sink_stop = min(sink, window_start);
     const int window_boxes = (last - window_start + kBoxRows - 1) / kBoxRows;
     const int total = window_boxes + (sink_stop + kBoxRows - 1) / kBoxRows;
-    const int count = min(kBatch, total - cursor);
-    const int index = cursor + at.lane;
-    if (at.lane < count) {
-      boxes[at.lane] = index < window_boxes
-                           ? window_box(at, last - kBoxRows * index, window_start)
-                           : sink_box(at, kBoxRows * (index - window_boxes), sink_stop);
+    const int index = cursor + at.maker();
+    cursor += kBatch;
+    Box box;
+    if (index < window_boxes) {
+      box = window_box(at, last - kBoxRows * index, window_start);
+    } else if (index < total) {
+      box = sink_box(at, kBoxRows * (index - window_boxes), sink_stop);
     }
-    cursor += count;
-    return {count, cursor == total};
+    const bool kept = at.makes() && index < total && box.owners() != 0;
+    return {write_boxes(box, kept, at.lane, boxes), cursor >= total};
   }
 
  private:
   /// Keys up to `stop`; the last box of the window begins where the window does and masks what the
   /// box before it has.
   __device__ static Box window_box(const WalkerContext& at, int stop, int window_start) {
-    const PairScope& scope = at.scope;
-    const int window = at.task.window, sink = at.task.sink;
+    const PairScope scope = at.scope();
+    const int window = at.tile.task.window, sink = at.tile.task.sink;
     const int start = max(stop - kBoxRows, window_start);
     RangeBox made(scope, start, start, stop);
 #pragma unroll
@@ -102,11 +114,12 @@ struct BandWalker {
   }
   /// Keys from `from` on; the last box ends where the sinks do.
   __device__ static Box sink_box(const WalkerContext& at, int from, int sink_stop) {
+    const PairScope scope = at.scope();
     const int to = min(from + kBoxRows, sink_stop);
-    RangeBox made(at.scope, to - kBoxRows, from, to);
+    RangeBox made(scope, to - kBoxRows, from, to);
 #pragma unroll
     for (int w = 0; w < kConsumers; ++w) {
-      if (from < at.scope.last[w]) made.add_owner(w, to, false);
+      if (from < scope.last[w]) made.add_owner(w, to, false);
     }
     return made.box;
   }
@@ -120,44 +133,44 @@ struct SlashWalker {
   int cursor = 0;  // next segment, or chunk of columns
 
   __device__ Filled fill(const WalkerContext& at, Box* boxes) {
-    if (in_columns) return fill_columns(at, boxes);
-    const bool single = at.scope.last[1] == 0;
-    const int count = single ? fill_segments(at, boxes) : fill_pair_segments(at, boxes);
+    if (in_columns) return columns(at, boxes);
+    const bool single = at.scope().last[1] == 0;
+    const int count = single ? segments(at, boxes) : pair_segments(at, boxes);
     if (in_columns) cursor = 0;
     return {count, false};
   }
 
  private:
   /// The second tile has no rows: the first has the segments to itself.
-  __device__ int fill_segments(const WalkerContext& at, Box* boxes) {
-    const PairScope& scope = at.scope;
+  __device__ int segments(const WalkerContext& at, Box* boxes) {
+    const PairScope scope = at.scope();
     const Plan& plan = at.plan;
-    const int64_t slot = at.task.slot;
-    const int index = cursor + at.lane, total = plan.num_segments[slot];
+    const int64_t slot = at.slot();
+    const int index = cursor + at.maker(), total = plan.num_segments[slot];
     const Segment segment =
         index < total ? plan.segments[slot * plan.sizes.max_segments() + index] : Segment{0, 0};
     // A short segment ends a run: its box reaches back over the one before.
     const int from = max(scope.end[0] - segment.distance - segment.count, 0);
     const int to = min(scope.end[0] - segment.distance, scope.last[0]);
-    const unsigned kept = __ballot_sync(~0u, from < to);
+    Box box;
     if (from < to) {
       RangeBox made(scope, scope.end[0] - segment.distance - segment.count, from, to);
       made.add_owner(0, to, false);
       cut(made.box, scope.kv_len, plan.sizes.shape.kv_len);
-      boxes[lanes_below(kept, at.lane)] = made.box;
+      box = made.box;
     }
     cursor += kBatch;
     // Distances ascend: once one lies before key 0 all others do.
     in_columns = __any_sync(~0u, index >= total || scope.end[0] - segment.distance <= 0);
-    return __popc(kept);
+    return write_boxes(box, at.makes() && from < to, at.lane, boxes);
   }
 
-  __device__ int fill_pair_segments(const WalkerContext& at, Box* boxes) {
-    const PairScope& scope = at.scope;
+  __device__ int pair_segments(const WalkerContext& at, Box* boxes) {
+    const PairScope scope = at.scope();
     const Plan& plan = at.plan;
-    const int64_t slot = at.task.slot;
-    const int index = cursor + at.lane, total = plan.num_pair_segments[slot];
-    Box box{INT32_MIN, 0, {{0, 0}, {0, 0}}, kBoxRows};
+    const int64_t slot = at.slot();
+    const int index = cursor + at.maker(), total = plan.num_pair_segments[slot];
+    Box box{INT32_MIN, 0, {{0, 0}, {0, 0}}};
     if (index < total) {
       const PairSegment segment = plan.pair_segments[slot * plan.sizes.max_pair_segments() + index];
       box.start = scope.end[1] - segment.far;
@@ -179,30 +192,27 @@ struct SlashWalker {
       }
       if (box.flags != 0) cut(box, scope.kv_len, plan.sizes.shape.kv_len);
     }
-    const unsigned kept = __ballot_sync(~0u, box.flags != 0);
-    if (box.flags != 0) boxes[lanes_below(kept, at.lane)] = box;
     cursor += kBatch;
     in_columns = __any_sync(~0u, index >= total || box.start + kBoxRows <= 0);
-    return __popc(kept);
+    return write_boxes(box, at.makes() && box.flags != 0, at.lane, boxes);
   }
 
-  __device__ Filled fill_columns(const WalkerContext& at, Box* boxes) {
-    const PairScope& scope = at.scope;
-    const int64_t slot = at.task.slot;
-    const int32_t* columns = at.plan.columns + slot * at.plan.sizes.max_columns;
+  __device__ Filled columns(const WalkerContext& at, Box* boxes) {
+    const PairScope scope = at.scope();
+    const int64_t slot = at.slot();
+    const int32_t* listed = at.plan.columns + slot * at.plan.sizes.max_columns;
     const uint32_t* cover = at.plan.cover + slot * at.plan.sizes.cover_words();
     const int total = at.plan.num_columns[slot], last = scope.last_of_pair();
     int positions[2 * kChunks];
 #pragma unroll
     for (int i = 0; i < 2 * kChunks; ++i) {
       const int column = 64 * cursor + 32 * i + at.lane;
-      positions[i] = column < total ? columns[column] : INT32_MAX;
+      positions[i] = column < total ? listed[column] : INT32_MAX;
     }
-    int count = 0;
-    bool done = false;
+    Filled filled{0, false};
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
-      Box box{64 * (cursor + i), Box::kPacked, {{0, 0}, {0, 0}}, kBoxRows};
+      Box box{64 * (cursor + i), Box::kPacked, {{0, 0}, {0, 0}}};
       uint32_t all[kConsumers] = {~0u, ~0u};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -217,19 +227,19 @@ struct SlashWalker {
           if (box.bits[w][half] != 0) box.flags |= Box::kOwner << w;
           if (__any_sync(~0u, seen && position > scope.first[w])) box.flags |= Box::kByRow << w;
         }
-        done = done || __any_sync(~0u, position >= last);  // the same for all lanes
+        filled.done = filled.done || __any_sync(~0u, position >= last);
       }
 #pragma unroll
       for (int w = 0; w < kConsumers; ++w) {
         if (all[w] != ~0u) box.flags |= Box::kMasked << w;
       }
-      if (box.flags & Box::kOwner * 3) {
-        if (at.lane == 0) boxes[count] = box;
-        ++count;
+      if (box.owners() != 0) {
+        if (at.lane == 0) boxes[filled.count] = box;
+        ++filled.count;
       }
     }
     cursor += kChunks;
-    return {count, done};
+    return filled;
   }
 
   __device__ static void set_bits(Box& box, int w, uint64_t bits) {
@@ -251,79 +261,81 @@ struct BlockWalker {
 
   __device__ Filled fill(const WalkerContext& at, Box* boxes) {
     const PlanSizes& sizes = at.plan.sizes;
-    const int blocks = (at.scope.last_of_pair() + sizes.block_kv - 1) / sizes.block_kv;
+    const PairScope scope = at.scope();
+    const int blocks = (scope.last_of_pair() + sizes.block_kv - 1) / sizes.block_kv;
     if (!loaded) load_words(at);
     const bool shared = shares(at);
     // Lane l writes box rank + l, or of each tile every second.
-    const int w = shared || at.lane % 2 == 0 ? 1 - (at.scope.last[1] == 0) : 0;
-    const int mine = rank + (shared ? at.lane : at.lane / 2);
+    const int w = shared || at.maker() % 2 == 0 ? 1 - (scope.last[1] == 0) : 0;
+    const int mine = rank + (shared ? at.maker() : at.maker() / 2);
     const int start = start_of(at, w, mine);
     const int other = __shfl_xor_sync(~0u, start, 1);
-    Box box{start, 0, {{~0u, ~0u}, {~0u, ~0u}}, kBoxRows};
-    bool kept = start >= 0;
+    Box box{start, 0, {{~0u, ~0u}, {~0u, ~0u}}};
+    bool kept = at.makes() && start >= 0;
     if (kept) {
       if (shared) {
-        own(at.scope, box, 0);
-        own(at.scope, box, 1);
+        own(scope, box, 0);
+        own(scope, box, 1);
       } else {
-        own(at.scope, box, w);
+        own(scope, box, w);
         if (start == other) {
-          own(at.scope, box, 1 - w);
-          kept = at.lane % 2 == 0;
+          own(scope, box, 1 - w);
+          kept = at.maker() % 2 == 0;
         }
       }
-      int limit = at.scope.kv_len;
-      if (!(box.flags >> 1 & Box::kOwner)) limit = min(limit, at.scope.last[0]);
-      if (box.flags >> 1 & Box::kOwner) limit = min(limit, at.scope.last[1]);
+      int limit = scope.kv_len;
+      if (!(box.flags >> 1 & Box::kOwner)) limit = min(limit, scope.last[0]);
+      if (box.flags >> 1 & Box::kOwner) limit = min(limit, scope.last[1]);
       cut(box, limit, sizes.shape.kv_len);
     }
-    const unsigned all = __ballot_sync(~0u, kept);
-    if (kept) boxes[lanes_below(all, at.lane)] = box;
-    rank += shared ? 32 : 16;
+    rank += shared ? kBatch : kBatch / 2;
     if (rank >= max(totals[0], totals[1])) {
       base += 32 * 32;
       loaded = false;
     }
-    return {__popc(all), !loaded && base >= blocks};
+    const int count = write_boxes(box, kept && box.owners() != 0, at.lane, boxes);
+    return {count, !loaded && base >= blocks};
   }
 
  private:
   __device__ static int row_of(const WalkerContext& at, int w) {
-    return (at.first_row + kTileRows * w) / at.plan.sizes.block_q;
+    return (at.tile.first_row + kTileRows * w) / at.plan.sizes.block_q;
   }
   __device__ static bool shares(const WalkerContext& at) {
-    return row_of(at, 0) == row_of(at, 1) || at.scope.last[1] == 0;
+    return row_of(at, 0) == row_of(at, 1) || at.scope().last[1] == 0;
   }
   __device__ static void own(const PairScope& scope, Box& box, int w) {
-    if (box.start >= scope.last[w]) return;
+    if (box.start >= scope.last_of(w)) return;
     box.flags |= Box::kOwner << w;
-    if (box.start + kBoxRows - 1 > scope.first[w]) box.flags |= Box::kByRow << w;
+    if (box.start + kBoxRows - 1 > scope.first_of(w)) box.flags |= Box::kByRow << w;
   }
 
   /// Boxes of the blocks in `word`, whose first block is `first`.
-  __device__ static int boxes_in(const WalkerContext& at, int w, uint32_t word, int first) {
+  __device__ static int boxes_in(const WalkerContext& at, int last, uint32_t word, int first) {
     if (word == 0) return 0;
     const int most = at.plan.sizes.block_kv / kBoxRows;
     const int top = first + 31 - __clz(word);
-    const int pieces = min(most, (at.scope.last[w] - top * at.plan.sizes.block_kv + 63) / kBoxRows);
+    const int pieces = min(most, (last - top * at.plan.sizes.block_kv + 63) / kBoxRows);
     return (__popc(word) - 1) * most + pieces;
   }
 
   __device__ void load_words(const WalkerContext& at) {
     const PlanSizes& sizes = at.plan.sizes;
+    const PairScope scope = at.scope();
     const int first = base + 32 * at.lane;
 #pragma unroll
     for (int w = 0; w < kConsumers; ++w) {
-      const int blocks = (at.scope.last[w] + sizes.block_kv - 1) / sizes.block_kv;
+      const int blocks = (scope.last[w] + sizes.block_kv - 1) / sizes.block_kv;
       uint32_t word = 0;
       if (first < blocks) {
-        word = at.plan.block_bits[(int64_t{at.task.slot} * sizes.q_blocks() + row_of(at, w)) *
-                                      sizes.block_words() +
-                                  first / 32];
+        word =
+            at.plan
+                .block_bits[(at.slot() * sizes.q_blocks() + row_of(at, w)) * sizes.block_words() +
+                            first / 32];
         if (blocks - first < 32) word &= (1u << (blocks - first)) - 1;
       }
       words[w] = word;
-      const int mine = boxes_in(at, w, word, first);
+      const int mine = boxes_in(at, scope.last[w], word, first);
       int sum = mine;
 #pragma unroll
       for (int delta = 1; delta < 32; delta *= 2) {
