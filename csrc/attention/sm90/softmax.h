@@ -28,29 +28,28 @@ struct OnlineSoftmax {
     sum[0] = sum[1] = 0.f;
   }
 
-  /// Raises the references of the warp to the maxima of the scores, if one is behind by more than
-  /// kSlack; then true, and `rescale` receives the factors from the old references to the new
-  /// ones, exactly 1 where one stays.
+  /// Raises references that are behind by more than kSlack to the maxima of the scores. Whether one
+  /// of the warp was; then `rescale` receives the factors from the old references to the new ones,
+  /// exactly 1 where one stays. A row's reference depends on nothing but what the row sees.
   template <class Scores>
   __device__ __forceinline__ bool raise(const Scores& scores, float scale_log2,
                                         float (&rescale)[2]) {
     constexpr int kTiles = decltype(cute::size(scores))::value / 4;
-    // Two chains a row, and both rows at once: one chain alone would wait on its own latency.
-    float high[2][2];
+    // Four chains a row: fewer would wait on their own latency.
+    float high[2][4];
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      high[row][0] = fmaxf(scores(2 * row), scores(2 * row + 1));
-      high[row][1] = fmaxf(scores(4 + 2 * row), scores(4 + 2 * row + 1));
-    }
-#pragma unroll
-    for (int n = 2; n < kTiles; ++n) {
+    for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        high[row][n % 2] =
-            fmaxf(high[row][n % 2], fmaxf(scores(4 * n + 2 * row), scores(4 * n + 2 * row + 1)));
+        const float pair = fmaxf(scores(4 * n + 2 * row), scores(4 * n + 2 * row + 1));
+        high[row][n % 4] = n < 4 ? pair : fmaxf(high[row][n % 4], pair);
       }
     }
-    float top[2] = {fmaxf(high[0][0], high[0][1]), fmaxf(high[1][0], high[1][1])};
+    float top[2];
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      top[row] = fmaxf(fmaxf(high[row][0], high[row][1]), fmaxf(high[row][2], high[row][3]));
+    }
     // With nothing seen yet the reference is -inf: any score is above it. -inf - -inf compares
     // false.
     const bool behind =
@@ -65,7 +64,7 @@ struct OnlineSoftmax {
     }
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      top[row] = fmaxf(top[row], max[row]);
+      if (!((top[row] - max[row]) * scale_log2 > kSlack)) top[row] = max[row];
       rescale[row] = cuda::exp2_approx((max[row] - finite(top[row])) * scale_log2);
       max[row] = top[row];
       sum[row] *= rescale[row];
@@ -75,10 +74,9 @@ struct OnlineSoftmax {
 
   /// Turns scores into probabilities, in place.
   template <class Scores>
-  __device__ __forceinline__ void exponentiate(Scores& scores, float scale_log2) {
+  __device__ __forceinline__ void exponentiate(Scores& scores, float scale_log2) const {
     constexpr int kTiles = decltype(cute::size(scores))::value / 4;
     const float shift[2] = {finite(max[0]) * scale_log2, finite(max[1]) * scale_log2};
-    float total[2][2] = {{0.f, 0.f}, {0.f, 0.f}};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
@@ -87,12 +85,29 @@ struct OnlineSoftmax {
         for (int c = 0; c < 2; ++c) {
           float& x = scores(4 * n + 2 * row + c);
           x = cuda::exp2_approx(fmaf(x, scale_log2, -shift[row]));
-          total[row][c] += x;
         }
       }
     }
-    sum[0] += total[0][0] + total[0][1];
-    sum[1] += total[1][0] + total[1][1];
+  }
+
+  /// Adds probabilities to the sums. Apart from the exponentials, whose pace an addition that has
+  /// to wait for one of them would disturb.
+  template <class Scores>
+  __device__ __forceinline__ void add(const Scores& probabilities) {
+    constexpr int kTiles = decltype(cute::size(probabilities))::value / 4;
+    float total[2][4] = {};
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        total[row][2 * (n % 2)] += probabilities(4 * n + 2 * row);
+        total[row][2 * (n % 2) + 1] += probabilities(4 * n + 2 * row + 1);
+      }
+    }
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      sum[row] += (total[row][0] + total[row][1]) + (total[row][2] + total[row][3]);
+    }
   }
 
  private:
