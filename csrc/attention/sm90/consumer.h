@@ -64,18 +64,22 @@ class Consumer {
     if (thread_ % 32 == 0) barrier.arrive();
   }
 
-  __device__ __forceinline__ bool round_is_there() {
-    return smem_.round_full[index_][round_.index].test_wait(round_.parity);
-  }
   __device__ __forceinline__ void await_round(RoundWord& word) {
     smem_.round_full[index_][round_.index].wait(round_.parity);
-    read_round(word);
-  }
-  __device__ __forceinline__ void read_round(RoundWord& word) {
     // The same for all lanes; the shuffle tells the compiler.
     word.bits = __shfl_sync(~0u, smem_.rounds[index_][round_.index], 0);
     release(smem_.round_free[index_][round_.index]);
     round_.advance();
+  }
+  /// The next word if it is there and `wanted`, else 0. Without branches.
+  __device__ __forceinline__ bool try_round(RoundWord& word, bool wanted) {
+    cuda::MBarrier& full = smem_.round_full[index_][round_.index];
+    const bool there = __all_sync(~0u, wanted & full.test_wait(round_.parity));
+    const uint32_t bits = smem_.rounds[index_][round_.index];
+    word.bits = __shfl_sync(~0u, there ? bits : 0, 0);
+    if (there && thread_ % 32 == 0) smem_.round_free[index_][round_.index].arrive();
+    round_.advance_if(there);
+    return there;
   }
 
   /// Passes turns on until there is a step; false: the tile ends without one.
@@ -113,23 +117,22 @@ class Consumer {
           if (!stages) await_stages(step, before);
           take_turn();
           issue_scores(step, scores);
-          const bool there = !step.has(RoundWord::kEnd) && round_is_there();
           issue_output(before, probabilities);
           pass_turn();
-          RoundWord next{0};
-          ahead = __all_sync(~0u, there);
-          if (ahead) read_round(next);
-          more = next.has(RoundWord::kStep);
-          stages = more && stages_are_there(next, step);
           // The products of this consumer end one after the other, the scores first.
           cute::warpgroup_wait<1>();
           finish_scores(step, scores, tile);
           float rescale[2];
           const bool raised = softmax_.raise(scores, scale_log2_, rescale);
+          // What comes next is looked up in the shadow of the exponentials.
+          RoundWord next;
+          ahead = try_round(next, !step.has(RoundWord::kEnd));
+          more = next.has(RoundWord::kStep);
+          stages = more & stages_are_there(next, step);
           softmax_.exponentiate(scores, scale_log2_);
           stay_ahead(scores);
           finish_output(before);
-          if (raised) scale_output(rescale);
+          if (__builtin_expect(raised, false)) scale_output(rescale);
           softmax_.add(scores);
           pack(scores, probabilities);
           before = step;
@@ -192,7 +195,7 @@ class Consumer {
   __device__ __forceinline__ bool stages_are_there(RoundWord step, RoundWord before) {
     const bool keys = smem_.keys_full[step.stage()].test_wait(step.parity());
     const bool values = smem_.values_full[before.stage()].test_wait(before.parity());
-    return keys && values;
+    return keys & values;
   }
   __device__ __forceinline__ void await_values(RoundWord step) {
     smem_.values_full[step.stage()].wait(step.parity());
@@ -201,7 +204,7 @@ class Consumer {
   /// Scores have arrived: masks them and lets the keys go, and after the last the queries.
   __device__ __forceinline__ void finish_scores(RoundWord step, Scores& scores, const Tile& tile) {
     cute::warpgroup_fence_operand(scores);
-    if (step.has(RoundWord::kMask * 3)) {
+    if (__builtin_expect(step.has(RoundWord::kMask * 3), false)) {
       const Box(&boxes)[2] = smem_.stages[step.stage()];
       if (step.has(RoundWord::kMask)) mask<0>(scores, boxes[0], tile);
       if (step.has(RoundWord::kMask << 1)) mask<1>(scores, boxes[1], tile);

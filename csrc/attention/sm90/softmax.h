@@ -41,8 +41,12 @@ struct OnlineSoftmax {
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        const float pair = fmaxf(scores(4 * n + 2 * row), scores(4 * n + 2 * row + 1));
-        high[row][n % 4] = n < 4 ? pair : fmaxf(high[row][n % 4], pair);
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const float x = scores(4 * n + 2 * row + c);
+          float& chain = high[row][2 * (n % 2) + c];
+          chain = n < 2 ? x : fmaxf(chain, x);
+        }
       }
     }
     float top[2];
@@ -54,7 +58,7 @@ struct OnlineSoftmax {
     // false.
     const bool behind =
         (top[0] - max[0]) * scale_log2 > kSlack || (top[1] - max[1]) * scale_log2 > kSlack;
-    if (!__any_sync(~0u, behind)) return false;
+    if (__builtin_expect(!__any_sync(~0u, behind), true)) return false;
 #pragma unroll
     for (int lanes = 2; lanes > 0; lanes /= 2) {
 #pragma unroll

@@ -121,6 +121,11 @@ struct RingPosition {
       parity ^= 1;
     }
   }
+  __device__ __forceinline__ void advance_if(bool condition) {
+    const int next = index + condition;
+    parity ^= next == kStages;
+    index = next == kStages ? 0 : next;
+  }
 };
 
 }  // namespace sparseattn::sm90
