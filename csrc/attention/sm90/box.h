@@ -27,9 +27,8 @@ struct alignas(8) Box {
   /// Only the first count() rows may be read: those after them may be seen by no row of the call.
   static constexpr uint32_t kRagged = 128;
   static constexpr uint32_t kCount = 256;  // its unit in the flags
-  // In place of a pair: the tile has no more, or there are no more tiles.
-  static constexpr uint32_t kTileEnd = 1u << 16;
-  static constexpr uint32_t kStop = 1u << 17;
+  /// In place of a pair: there are no more tiles.
+  static constexpr uint32_t kStop = 1u << 16;
   int32_t start;
   uint32_t flags;
   uint32_t bits[kConsumers][2];  // bit j: key start + j
@@ -45,19 +44,25 @@ struct alignas(8) Box {
 };
 static_assert(sizeof(Box) == 24);
 
-/// What a consumer does in one round, in a word: the stage of its step, the parity of the stage's
-/// phase, and flags. A word without kStep passes the turn on.
-struct RoundWord {
-  static constexpr uint32_t kParity = 1u << 8;
-  static constexpr uint32_t kStep = 1u << 9;
-  static constexpr uint32_t kMask = 1u << 10;  // kMask << i: box i of the stage is masked
-  static constexpr uint32_t kEnd = 1u << 12;   // the tile's last round
+/// What a consumer does with a pair of boxes, in a word. Consumers take turns in issuing their
+/// products (consumer.h).
+struct PairWord {
+  static constexpr uint32_t kStep = 1;   // it owns the pair: a step
+  static constexpr uint32_t kPass = 2;   // it does not, and passes a turn on
+  static constexpr uint32_t kMask = 4;   // kMask << i: box i is masked
+  static constexpr uint32_t kNext = 16;  // it owns the tile's next pair, too
+  static constexpr uint32_t kEnd = 32;   // the tile's last pair
+  static constexpr uint32_t kEven = 64;  // after it, passes one more turn on
 
   uint32_t bits;
 
-  __device__ int stage() const { return static_cast<int>(bits & 0xff); }
-  __device__ uint32_t parity() const { return bits / kParity & 1; }
   __device__ bool has(uint32_t flag) const { return bits & flag; }
+};
+
+/// Two boxes of the same owners, and what each consumer does with them.
+struct Pair {
+  Box boxes[2];
+  PairWord words[kConsumers];
 };
 
 /// A pair of query tiles of one head. sequence < 0: there are no more.

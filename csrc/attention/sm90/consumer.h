@@ -3,8 +3,8 @@
 // A step takes the pair of boxes of a stage: scores of this step, then output of the step before,
 // are issued together, and the softmax of this step runs while the output product does. The two
 // consumers take turns in issuing (a named barrier each), so that one's products run under the
-// other's softmax. Both go through the same rounds; one that has nothing to do in a round passes
-// its turn on.
+// other's softmax. Both go through all stages and have the same number of turns in a tile; one that
+// has no step for a turn passes it on.
 #pragma once
 
 #include "attention/sm90/softmax.h"
@@ -43,6 +43,7 @@ class Consumer {
   }
 
  private:
+  using Stage = RingPosition<Traits::kStages>;
   using ScoreMma = typename Traits::ScoreMma;
   using OutputMma = typename Traits::OutputMma;
   using Scores = decltype(cute::partition_fragment_C(
@@ -64,102 +65,104 @@ class Consumer {
     if (thread_ % 32 == 0) barrier.arrive();
   }
 
-  __device__ __forceinline__ void await_round(RoundWord& word) {
-    smem_.round_full[index_][round_.index].wait(round_.parity);
+  /// Of the stage at hand.
+  __device__ __forceinline__ PairWord read_word() {
     // The same for all lanes; the shuffle tells the compiler.
-    word.bits = __shfl_sync(~0u, smem_.rounds[index_][round_.index], 0);
-    release(smem_.round_free[index_][round_.index]);
-    round_.advance();
-  }
-  /// The next word if it is there and `wanted`, else 0. Without branches.
-  __device__ __forceinline__ bool try_round(RoundWord& word, bool wanted) {
-    cuda::MBarrier& full = smem_.round_full[index_][round_.index];
-    const bool there = __all_sync(~0u, wanted & full.test_wait(round_.parity));
-    const uint32_t bits = smem_.rounds[index_][round_.index];
-    word.bits = __shfl_sync(~0u, there ? bits : 0, 0);
-    if (there && thread_ % 32 == 0) smem_.round_free[index_][round_.index].arrive();
-    round_.advance_if(there);
-    return there;
+    return {__shfl_sync(~0u, smem_.stages[at_.index].words[index_].bits, 0)};
   }
 
-  /// Passes turns on until there is a step; false: the tile ends without one.
-  __device__ __forceinline__ bool find_step(RoundWord& word) {
-    while (!word.has(RoundWord::kStep)) {
+  /// Goes through the tile's pairs. The output of a step is computed in the next one, or when there
+  /// is none.
+  __device__ __forceinline__ void attend(const Tile& tile) {
+    cute::clear(output_);
+    softmax_.reset();
+    Scores scores;
+    Probabilities probabilities;  // of the step before, whose output is pending
+    Stage before;
+    bool pending = false;
+    PairWord word{0};
+    while (find_step(word, probabilities, before, pending)) {
+      if (!pending) {
+        word = begin_steps(scores, probabilities, tile);
+        pending = true;
+        before = at_;
+        at_.advance();
+        continue;
+      }
+      do {
+        smem_.keys_full[at_.index].wait(at_.parity);
+        word = read_word();
+        take_turn();
+        issue_scores(scores);
+        smem_.values_full[before.index].wait(before.parity);
+        issue_output(before, probabilities);
+        pass_turn();
+        // The products of this consumer end one after the other, the scores first.
+        cute::warpgroup_wait<1>();
+        finish_scores(word, scores, tile);
+        float rescale[2];
+        const bool raised = softmax_.raise(scores, scale_log2_, rescale);
+        softmax_.exponentiate(scores, scale_log2_);
+        stay_ahead(scores);
+        finish_output(before);
+        if (__builtin_expect(raised, false)) scale_output(rescale);
+        softmax_.add(scores);
+        pack(scores, probabilities);
+        before = at_;
+        at_.advance();
+      } while (word.has(PairWord::kNext));
+    }
+    if (pending) compute_output(before, probabilities);
+    if (word.has(PairWord::kEven)) {
       take_turn();
       pass_turn();
-      if (word.has(RoundWord::kEnd)) {
-        release(smem_.query_free);
-        return false;
+    }
+  }
+
+  /// Goes past pairs of the other. `word`: of the pair before; false: it was the tile's last.
+  __device__ __forceinline__ bool find_step(PairWord& word, const Probabilities& probabilities,
+                                            Stage before, bool& pending) {
+    while (!word.has(PairWord::kNext)) {
+      if (word.has(PairWord::kEnd)) return false;
+      smem_.keys_full[at_.index].wait(at_.parity);
+      word = read_word();
+      if (word.has(PairWord::kStep)) return true;
+      if (word.has(PairWord::kPass)) {
+        // The other is ahead: a stage that is held here would stop its ring.
+        if (pending) compute_output(before, probabilities);
+        pending = false;
+        take_turn();
+        pass_turn();
       }
-      await_round(word);
+      release(smem_.keys_free[at_.index]);
+      if (word.has(PairWord::kEnd)) release(smem_.query_free);
+      at_.advance();
     }
     return true;
   }
 
-  /// Steps in a row: the output of each is computed in the next one, or after the last.
-  __device__ __forceinline__ void attend(const Tile& tile) {
-    cute::clear(output_);
-    softmax_.reset();
-    RoundWord step;
-    await_round(step);
-    while (find_step(step)) {
-      Scores scores;
-      Probabilities probabilities;  // of the step before
-      begin_steps(step, scores, probabilities, tile);
-      RoundWord before = step;
-      bool ahead = false;  // `step` is the word after `before`
-      while (!before.has(RoundWord::kEnd)) {
-        if (!ahead) await_round(step);
-        // With nothing to do, finish: stages that are held would stop the rings.
-        if (!step.has(RoundWord::kStep)) break;
-        bool stages = false, more = false;  // known to be there
-        do {
-          if (!stages) await_stages(step, before);
-          take_turn();
-          issue_scores(step, scores);
-          issue_output(before, probabilities);
-          pass_turn();
-          // The products of this consumer end one after the other, the scores first.
-          cute::warpgroup_wait<1>();
-          finish_scores(step, scores, tile);
-          float rescale[2];
-          const bool raised = softmax_.raise(scores, scale_log2_, rescale);
-          // What comes next is looked up in the shadow of the exponentials.
-          RoundWord next;
-          ahead = try_round(next, !step.has(RoundWord::kEnd));
-          more = next.has(RoundWord::kStep);
-          stages = more & stages_are_there(next, step);
-          softmax_.exponentiate(scores, scale_log2_);
-          stay_ahead(scores);
-          finish_output(before);
-          if (__builtin_expect(raised, false)) scale_output(rescale);
-          softmax_.add(scores);
-          pack(scores, probabilities);
-          before = step;
-          step = next;
-        } while (more);
-      }
-      await_values(before);
-      issue_output(before, probabilities);
-      finish_output(before);
-      if (before.has(RoundWord::kEnd)) return;
-    }
+  __device__ __forceinline__ void compute_output(Stage step, const Probabilities& probabilities) {
+    smem_.values_full[step.index].wait(step.parity);
+    issue_output(step, probabilities);
+    finish_output(step);
   }
 
-  /// A step with no output left to compute.
-  __device__ __forceinline__ void begin_steps(RoundWord step, Scores& scores,
-                                              Probabilities& probabilities, const Tile& tile) {
-    smem_.keys_full[step.stage()].wait(step.parity());
+  /// A step with no output pending; its word.
+  __device__ __forceinline__ PairWord begin_steps(Scores& scores, Probabilities& probabilities,
+                                                  const Tile& tile) {
+    smem_.keys_full[at_.index].wait(at_.parity);
+    const PairWord word = read_word();
     take_turn();
-    issue_scores(step, scores);
+    issue_scores(scores);
     pass_turn();
     cute::warpgroup_wait<0>();
-    finish_scores(step, scores, tile);
+    finish_scores(word, scores, tile);
     float rescale[2];
     if (softmax_.raise(scores, scale_log2_, rescale)) scale_output(rescale);
     softmax_.exponentiate(scores, scale_log2_);
     softmax_.add(scores);
     pack(scores, probabilities);
+    return word;
   }
 
   /// Keeps the assembler from moving the exponentials behind the wait that follows: a loop that is
@@ -185,43 +188,27 @@ class Consumer {
     for (int i = 0; i < cute::size(output_); ++i) output_(i) *= rescale[i / 2 % 2];
   }
 
-  /// Waits for the keys of `step` and the values of `before`; both are asked before either is
-  /// waited for.
-  __device__ __forceinline__ void await_stages(RoundWord step, RoundWord before) {
-    if (stages_are_there(step, before)) return;
-    smem_.keys_full[step.stage()].wait(step.parity());
-    await_values(before);
-  }
-  __device__ __forceinline__ bool stages_are_there(RoundWord step, RoundWord before) {
-    const bool keys = smem_.keys_full[step.stage()].test_wait(step.parity());
-    const bool values = smem_.values_full[before.stage()].test_wait(before.parity());
-    return keys & values;
-  }
-  __device__ __forceinline__ void await_values(RoundWord step) {
-    smem_.values_full[step.stage()].wait(step.parity());
-  }
-
   /// Scores have arrived: masks them and lets the keys go, and after the last the queries.
-  __device__ __forceinline__ void finish_scores(RoundWord step, Scores& scores, const Tile& tile) {
+  __device__ __forceinline__ void finish_scores(PairWord word, Scores& scores, const Tile& tile) {
     cute::warpgroup_fence_operand(scores);
-    if (__builtin_expect(step.has(RoundWord::kMask * 3), false)) {
-      const Box(&boxes)[2] = smem_.stages[step.stage()];
-      if (step.has(RoundWord::kMask)) mask<0>(scores, boxes[0], tile);
-      if (step.has(RoundWord::kMask << 1)) mask<1>(scores, boxes[1], tile);
+    if (__builtin_expect(word.has(PairWord::kMask * 3), false)) {
+      const Box(&boxes)[2] = smem_.stages[at_.index].boxes;
+      if (word.has(PairWord::kMask)) mask<0>(scores, boxes[0], tile);
+      if (word.has(PairWord::kMask << 1)) mask<1>(scores, boxes[1], tile);
     }
-    release(smem_.keys_free[step.stage()]);
-    if (step.has(RoundWord::kEnd)) release(smem_.query_free);
+    release(smem_.keys_free[at_.index]);
+    if (word.has(PairWord::kEnd)) release(smem_.query_free);
   }
 
   /// The output has arrived: lets the values go.
-  __device__ __forceinline__ void finish_output(RoundWord step) {
+  __device__ __forceinline__ void finish_output(Stage step) {
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(output_);
-    release(smem_.values_free[step.stage()]);
+    release(smem_.values_free[step.index]);
   }
 
   /// scores = query x keys^T.
-  __device__ __forceinline__ void issue_scores(RoundWord step, Scores& scores) {
+  __device__ __forceinline__ void issue_scores(Scores& scores) {
     using namespace cute;
     ScoreMma mma;
     const auto slice = mma.get_slice(0);
@@ -234,14 +221,14 @@ class Consumer {
     mma.accumulate_ = GMMA::ScaleOut::Zero;
 #pragma unroll
     for (int k = 0; k < Traits::kHeadDim / 16; ++k) {
-      gemm(mma, query(_, _, k), keys(_, _, k, step.stage()), scores);
+      gemm(mma, query(_, _, k), keys(_, _, k, at_.index), scores);
       mma.accumulate_ = GMMA::ScaleOut::One;
     }
     warpgroup_commit_batch();
   }
 
   /// output += probabilities x values.
-  __device__ __forceinline__ void issue_output(RoundWord step, const Probabilities& probabilities) {
+  __device__ __forceinline__ void issue_output(Stage step, const Probabilities& probabilities) {
     using namespace cute;
     OutputMma mma;
     const auto values = mma.get_slice(0).partition_fragment_B(
@@ -251,7 +238,7 @@ class Consumer {
     mma.accumulate_ = GMMA::ScaleOut::One;
 #pragma unroll
     for (int k = 0; k < kStageRows / 16; ++k) {
-      gemm(mma, probabilities(_, _, k), values(_, _, k, step.stage()), output_);
+      gemm(mma, probabilities(_, _, k), values(_, _, k, step.index), output_);
     }
     warpgroup_commit_batch();
   }
@@ -366,7 +353,7 @@ class Consumer {
   Storage& smem_;
   const int index_, thread_;
   const float scale_log2_;
-  RingPosition<kRounds> round_;
+  Stage at_;
   Output output_;
   OnlineSoftmax<Traits::kSlack> softmax_;
 };

@@ -2,9 +2,10 @@
 //
 // Barriers, with the arrivals that end a phase:
 //   keys_full, values_full   1: the loader, with the bytes of the copy
-//   keys_free, values_free   8: every consumer warp, once it has read the stage; the loader arrives
+//   keys_free                8: every consumer warp; of a pair that it does not own it reads the
+//   word values_free              8: every consumer warp, once it has read the stage; the loader
+//   arrives
 //                            for a consumer that does not own the pair
-//   round_full / round_free  1: the dealer / 4: every warp of one consumer
 //   query_full / query_free  1: the dealer / 8: every consumer warp, after the tile's last scores
 //   tile_full / tile_free    1: the planner / 11: loaders, dealer and every consumer warp
 //   boxes_full / boxes_free  1: the planner / 1: the dealer
@@ -26,10 +27,6 @@ __device__ __forceinline__ void init_barriers(Storage& smem) {
   for (auto& barrier : smem.values_free) barrier.init(kReaders);
   smem.query_full.init(1);
   smem.query_free.init(kReaders);
-  for (int w = 0; w < kConsumers; ++w) {
-    for (auto& barrier : smem.round_full[w]) barrier.init(1);
-    for (auto& barrier : smem.round_free[w]) barrier.init(kConsumerWarps);
-  }
   for (int i = 0; i < 2; ++i) {
     smem.tile_full[i].init(1);
     smem.tile_free[i].init(kReaders + 3);

@@ -6,11 +6,11 @@
 // take the same pairs in the same order, each at its own pace; pair i uses stage i % kStages of
 // both rings.
 //
-// Rounds. The consumers take turns in issuing their products (consumer.h), one turn each a round.
-// The dealer tells each consumer what it does in its next round: a step with the next pair that it
-// owns. It passes a round on only if the other consumer comes to a second step before it has one:
-// passing would else wait for the one that passes. A word is handed over when the next one is
-// known, so that the tile's last step can say that it is the last.
+// Turns. The consumers take turns in issuing their products (consumer.h), so both have the same
+// number of them in a tile. The dealer tells each what it does with a pair: a step if it owns it.
+// If not, it passes a turn on, but only at the other's second step in a row: passing would else
+// wait for the one that passes. A pair is handed over when the next one is known, so that a
+// consumer need not look at a stage to know that it has a step there, or that the tile has ended.
 #pragma once
 
 #include "attention/sm90/pairing.h"
@@ -18,6 +18,10 @@
 #include "attention/sm90/walker.h"
 
 namespace sparseattn::sm90 {
+
+/// With the count of a batch of boxes: the tile's last, or instead of one: there are no more tiles.
+constexpr uint32_t kLastBatch = 1u << 8;
+constexpr uint32_t kStop = 1u << 9;
 
 /// Which pair of tiles a number stands for. The heads of one key/value head and neighbouring pairs
 /// run together and share L2; a head's longest pairs come first.
@@ -60,7 +64,7 @@ class Planner {
       tile_.advance();
       if (number >= tiles) {
         begin_batch();
-        end_batch(Box::kStop);
+        end_batch(kStop);
         return;
       }
       switch (tile.task.kind) {
@@ -85,7 +89,7 @@ class Planner {
       begin_batch();
       const Filled filled = walker.fill(at, smem_.boxes[batch_.index]);
       done = filled.done;
-      end_batch(filled.count | (done ? Box::kTileEnd : 0));
+      end_batch(filled.count | (done ? kLastBatch : 0));
     }
   }
   __device__ void begin_batch() { smem_.boxes_free[batch_.index].wait(batch_.parity ^ 1); }
@@ -118,13 +122,11 @@ class Loader {
     RingPosition<kPairSlots> slot;
     for (bool begins = true;; slot.advance()) {
       smem_.pairs_full[slot.index].wait(slot.parity);
-      const Box(&boxes)[2] = smem_.pairs[slot.index];
-      const uint32_t flags = boxes[0].flags;
-      if (flags & Box::kStop) return;
+      const Pair& pair = smem_.pairs[slot.index];
+      if (pair.boxes[0].flags & Box::kStop) return;
       if (begins) begin_tile();
-      begins = flags & Box::kTileEnd;
-      if (!begins) load_pair(boxes);
-      __syncwarp();
+      begins = pair.words[0].has(PairWord::kEnd);
+      load_pair(pair);
       if (lane_ == 0) smem_.pairs_free[slot.index].arrive();
     }
   }
@@ -141,7 +143,8 @@ class Loader {
     tile_.advance();
   }
 
-  __device__ __forceinline__ void load_pair(const Box (&boxes)[2]) {
+  __device__ __forceinline__ void load_pair(const Pair& pair) {
+    const Box(&boxes)[2] = pair.boxes;
     cuda::MBarrier& full = kKeys ? smem_.keys_full[at_.index] : smem_.values_full[at_.index];
     cuda::MBarrier& free = kKeys ? smem_.keys_free[at_.index] : smem_.values_free[at_.index];
     Element* stage = kKeys ? smem_.keys[at_.index] : smem_.values[at_.index];
@@ -161,13 +164,13 @@ class Loader {
     }
     if (lane_ == 0) {
       if constexpr (kKeys) {
-        smem_.stages[at_.index][0] = boxes[0];
-        smem_.stages[at_.index][1] = boxes[1];
+        smem_.stages[at_.index] = pair;
+      } else {
+        // A consumer that does not own the pair never looks at the values.
+        const uint32_t owners = boxes[0].owners();
+        const int strangers = !(owners & 1) + !(owners & 2);
+        if (strangers != 0) free.arrive(strangers * kConsumerWarps);
       }
-      // A consumer that does not own the pair never looks at its stage.
-      const uint32_t owners = boxes[0].owners();
-      const int strangers = !(owners & 1) + !(owners & 2);
-      if (strangers != 0) free.arrive(strangers * kConsumerWarps);
       full.arrive_expect(copied * Traits::kBoxBytes);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
@@ -202,9 +205,9 @@ class Loader {
   int sequence_ = 0, kv_head_ = 0, packed_row_ = 0;
 };
 
-/// Pairs the boxes and gives them to their owners, round by round: lane w deals for consumer w. It
-/// also loads the queries, after it has passed on the first pairs of their tile: so keys and values
-/// may be there before the last products of the tile before let the queries in.
+/// Pairs the boxes, and tells the consumers what to do with them: lane w writes the words of
+/// consumer w. It also loads the queries, after it has handed over the first pairs of their tile:
+/// so keys and values may be there before the last scores of the tile before let the queries in.
 template <class Traits>
 class Dealer {
  public:
@@ -216,7 +219,7 @@ class Dealer {
   __device__ void run() {
     RingPosition<2> batch;
     Pairing pairing;
-    const auto place = [this](int pair) -> Box(&)[2] { return smem_.pairs[slot_of(pair)]; };
+    const auto place = [this](int i) -> Box(&)[2] { return slot(taken_ + i).boxes; };
     for (bool begins = true;; batch.advance()) {
       smem_.boxes_full[batch.index].wait(batch.parity);
       const uint32_t head = smem_.box_count[batch.index];
@@ -226,25 +229,28 @@ class Dealer {
       if (lane_ == 0) smem_.boxes_free[batch.index].arrive();
 
       await_slots();
-      const uint32_t mark = head & (Box::kTileEnd | Box::kStop);
+      if (head & kStop) {
+        if (lane_ == 0) place(0)[0].flags = Box::kStop;
+        publish(taken_);
+        return;
+      }
       int count = pairing.add(box, head & 0xff, lane_, smem_.held, place);
-      if (mark != 0) {
-        count += pairing.finish(lane_, smem_.held,
-                                [&](int pair) -> Box(&)[2] { return place(count + pair); });
-        if (lane_ == 0) place(count)[0].flags = mark;
+      if (head & kLastBatch) {
+        count +=
+            pairing.finish(lane_, smem_.held, [&](int i) -> Box(&)[2] { return place(count + i); });
+        if (count == 0 && !dealt_) {
+          if (lane_ < 2) place(0)[lane_] = no_keys();
+          count = 1;
+        }
       }
       __syncwarp();
-      const int slots = count + (mark != 0);
-      if (lane_ < slots) smem_.pairs_full[slot_of(lane_)].arrive();
-      if (mark & Box::kStop) return;
-      if (begins && slots != 0) {
+#pragma unroll 1
+      for (int i = 0; i < count; ++i) deal();
+      if (begins && count != 0) {
         begin_tile();
         begins = false;
       }
-#pragma unroll 1
-      for (int i = 0; i < count; ++i) deal(place(i));
-      slots_ += slots;
-      if (mark != 0) {
+      if (head & kLastBatch) {
         end_tile();
         begins = true;
       }
@@ -252,13 +258,22 @@ class Dealer {
   }
 
  private:
-  /// Slots are taken in order, and the loaders free them in order: the last of a batch at most is
-  /// free, so all before it are.
+  __device__ Pair& slot(uint32_t number) { return smem_.pairs[number % kPairSlots]; }
+  /// Until a batch fits. Slots are taken in order, and the loaders free them in order: if the last
+  /// is free, all are.
   __device__ void await_slots() {
-    const uint32_t last = slots_ + kBatchPairs - 1;
+    const uint32_t last = taken_ + kBatchPairs - 1;
     smem_.pairs_free[last % kPairSlots].wait(last / kPairSlots & 1 ^ 1);
   }
-  __device__ int slot_of(int pair) const { return (slots_ + pair) % kPairSlots; }
+  __device__ void publish(uint32_t number) {
+    __syncwarp();
+    if (lane_ == 0) smem_.pairs_full[number % kPairSlots].arrive();
+  }
+
+  /// For a tile that sees nothing: 64 zeros that nobody sees.
+  static __device__ Box no_keys() {
+    return {0, Box::kOwner * 3 | Box::kMasked * 3 | Box::kRagged, {{0, 0}, {0, 0}}};
+  }
 
   __device__ __forceinline__ void begin_tile() {
     smem_.tile_full[tile_.index].wait(tile_.parity);
@@ -272,26 +287,36 @@ class Dealer {
     tile_.advance();
   }
 
-  __device__ __forceinline__ void deal(const Box (&boxes)[2]) {
+  /// Takes the next slot, and hands over the one before.
+  __device__ __forceinline__ void deal() {
+    const Box(&boxes)[2] = slot(taken_).boxes;
     uint32_t word = 0;
+    const int other_turns = __shfl_xor_sync(~0u, turns_, 1);
     if (boxes[0].owners() >> consumer_ & 1) {
-      word = RoundWord::kStep | static_cast<uint32_t>(at_.index) | at_.parity * RoundWord::kParity;
-      if (boxes[0].masked(consumer_)) word |= RoundWord::kMask;
-      if (boxes[1].masked(consumer_)) word |= RoundWord::kMask << 1;
+      word = PairWord::kStep;
+      if (boxes[0].masked(consumer_)) word |= PairWord::kMask;
+      if (boxes[1].masked(consumer_)) word |= PairWord::kMask << 1;
+    } else if (other_turns > turns_) {
+      word = PairWord::kPass;
     }
-    // A second step of the other, and still none here: this one passes.
-    const int other_rounds = __shfl_xor_sync(~0u, rounds_, 1);
-    const bool passes = word == 0 && other_rounds > rounds_;
-    if (word != 0 || passes) push(word);
-    at_.advance();
+    turns_ += word != 0;
+    if (dealt_) hand_over(word & PairWord::kStep ? PairWord::kNext : 0);
+    dealt_ = true;
+    word_ = word;
+    ++taken_;
   }
 
-  /// Evens out the rounds, and hands over each consumer's last.
   __device__ __forceinline__ void end_tile() {
-    const int rounds = max(1, __shfl_xor_sync(~0u, rounds_, 1));
-    if (rounds_ < rounds) push(0);
-    hand_over(next_ | RoundWord::kEnd);
-    rounds_ = 0;
+    const bool behind = turns_ < __shfl_xor_sync(~0u, turns_, 1);
+    hand_over(PairWord::kEnd | (behind ? PairWord::kEven : 0));
+    dealt_ = false;
+    turns_ = 0;
+  }
+
+  /// The last slot taken.
+  __device__ __forceinline__ void hand_over(uint32_t more) {
+    if (lane_ < kConsumers) slot(taken_ - 1).words[consumer_].bits = word_ | more;
+    publish(taken_ - 1);
   }
 
   __device__ __forceinline__ void load_query(const Tile& tile) {
@@ -307,31 +332,16 @@ class Dealer {
     }
   }
 
-  __device__ __forceinline__ void push(uint32_t word) {
-    if (rounds_ != 0) hand_over(next_);
-    next_ = word;
-    ++rounds_;
-  }
-  __device__ __forceinline__ void hand_over(uint32_t word) {
-    if (lane_ < kConsumers) {
-      smem_.round_free[consumer_][round_.index].wait(round_.parity ^ 1);
-      smem_.rounds[consumer_][round_.index] = word;
-      smem_.round_full[consumer_][round_.index].arrive();
-    }
-    round_.advance();
-  }
-
   const AttentionParams& params_;
   const TensorMaps& maps_;
   Storage& smem_;
   const int lane_, consumer_;
   RingPosition<2> tile_;
   uint32_t query_parity_ = 0;
-  uint32_t slots_ = 0;  // taken so far
-  RingPosition<Traits::kStages> at_;
-  RingPosition<kRounds> round_;
-  uint32_t next_ = 0;  // word not yet handed over, if there are rounds
-  int rounds_ = 0;     // of the tile so far
+  uint32_t taken_ = 0;  // slots so far
+  uint32_t word_ = 0;   // of the last one
+  bool dealt_ = false;  // there is one in this tile
+  int turns_ = 0;       // of the tile so far
 };
 
 }  // namespace sparseattn::sm90

@@ -15,13 +15,10 @@ namespace sparseattn::sm90 {
 
 /// Boxes go from the planner to the dealer in two batches of at most this many.
 constexpr int kBatch = 16;
-/// The most pairs that come of a batch and three boxes held, and a mark after them.
-constexpr int kBatchPairs = kBatch / 2 + 3;
-/// Pairs that the dealer may be ahead of the loaders. It must always be some ahead: what it deals
-/// makes the consumers release the stages that the loaders wait for (producer.h).
+/// The most pairs that come of a batch and three boxes held.
+constexpr int kBatchPairs = kBatch / 2 + 2;
+/// Pairs that the dealer may be ahead of the loaders.
 constexpr int kPairSlots = 16;
-/// Rounds that the dealer may be ahead of the consumers.
-constexpr int kRounds = 8;
 
 template <int kHeadDim_, class Element_>
 struct Traits {
@@ -92,18 +89,16 @@ struct Traits {
     alignas(1024) Element query[kConsumers][kBoxElements];
     alignas(1024) Element keys[kStages][kStageElements];
     alignas(1024) Element values[kStages][kStageElements];
-    Box boxes[2][kBatch];                  // planner to dealer
-    Box held[3];                           // the dealer's, without a partner yet
-    Box pairs[kPairSlots][2];              // dealer to loaders
-    Box stages[kStages][2];                // key loader to consumers, with the stage
-    uint32_t rounds[kConsumers][kRounds];  // RoundWords, dealer to consumers
+    Box boxes[2][kBatch];    // planner to dealer
+    Box held[3];             // the dealer's, without a partner yet
+    Pair pairs[kPairSlots];  // dealer to loaders
+    Pair stages[kStages];    // key loader to consumers, with the stage
     Tile tiles[2];
-    uint32_t box_count[2];  // and Box::kTileEnd, Box::kStop
+    uint32_t box_count[2];  // boxes in the batch, and kLastBatch, kStop (producer.h)
     // full: one arrival by the side that writes; free: one by every reader (see kernel.h).
     cuda::MBarrier keys_full[kStages], keys_free[kStages];
     cuda::MBarrier values_full[kStages], values_free[kStages];
     cuda::MBarrier query_full, query_free;
-    cuda::MBarrier round_full[kConsumers][kRounds], round_free[kConsumers][kRounds];
     cuda::MBarrier tile_full[2], tile_free[2];
     cuda::MBarrier boxes_full[2], boxes_free[2], pairs_full[kPairSlots], pairs_free[kPairSlots];
   };
@@ -120,11 +115,6 @@ struct RingPosition {
       index = 0;
       parity ^= 1;
     }
-  }
-  __device__ __forceinline__ void advance_if(bool condition) {
-    const int next = index + condition;
-    parity ^= next == kStages;
-    index = next == kStages ? 0 : next;
   }
 };
 
