@@ -129,6 +129,25 @@ def test_masked_finite_values_have_no_influence(case, place):
         check_no_influence(attend, q, k, v, mask_of(case, 3, 40, place.device), seed)
 
 
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_scores_that_rise(dim, place):
+    """Scores that rise by tens and hundreds from step to step, for rows of either sign.
+
+    A softmax whose reference is a maximum of earlier keys has to move it: 2^40 and 2^127, which
+    are 28 and 88 here, are where sums grow large and exponentials overflow.
+    """
+    case = Case(1, 2, 1, 200, 1024, dim)
+    q, k, v = make_qkv(case, place)
+    stairs = torch.tensor([0.0, 3.0, 40.0, 41.0, 250.0, 0.0, 380.0, 382.0], device=place.device)
+    q[..., 0] = 16.0
+    q[:, :, 1::3, 0] = -16.0
+    q[:, :, 2::3, 0] = 2.0
+    k[..., 0] = (stairs.repeat_interleave(128) * dim**0.5 / 16).to(place.dtype)
+    for sink, window in [(0, 5000), (130, 300)]:
+        out, lse = sparseattn.a_shape_attention(q, k, v, sink=sink, window=window, return_lse=True)
+        check_attention(out, lse, q, k, v, mask_of(case, sink, window, place.device))
+
+
 def test_sinks_and_window_merge(place):
     """Where sinks and windows do not meet, the two parts join through their LSE."""
     case = Case(1, 4, 2, 100, 300, 64)

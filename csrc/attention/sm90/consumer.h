@@ -59,6 +59,9 @@ class Consumer {
   __device__ void take_turn() { cuda::barrier_sync<256>(1 + index_); }
   __device__ void pass_turn() { cuda::barrier_arrive<256>(2 - index_); }
 
+  /// Whether `value` is true for a thread of this consumer.
+  __device__ bool any(bool value) { return cuda::barrier_any<128>(3 + index_, value); }
+
   /// One arrival a warp, after all its lanes are done.
   __device__ __forceinline__ void release(cuda::MBarrier& barrier) {
     __syncwarp();
@@ -79,12 +82,13 @@ class Consumer {
     Scores scores;
     Probabilities probabilities;  // of the step before, whose output is pending
     Stage before;
-    bool pending = false;
+    bool pending = false, again = false;
     PairWord word{0};
-    while (find_step(word, probabilities, before, pending)) {
+    while (again || find_step(word, probabilities, before, pending)) {
       if (!pending) {
-        word = begin_steps(scores, probabilities, tile);
+        word = begin_steps(scores, probabilities, tile, again);
         pending = true;
+        again = false;
         before = at_;
         at_.advance();
         continue;
@@ -99,14 +103,18 @@ class Consumer {
         pass_turn();
         // The products of this consumer end one after the other, the scores first.
         cute::warpgroup_wait<1>();
-        finish_scores(word, scores, tile);
-        float rescale[2];
-        const bool raised = softmax_.raise(scores, scale_log2_, rescale);
-        softmax_.exponentiate(scores, scale_log2_);
-        stay_ahead(scores);
+        cute::warpgroup_fence_operand(scores);
+        mask(word, scores, tile);
+        float total[2];
+        again = any(softmax_.exponentiate(scores, scale_log2_, total));
+        if (!again) release_keys(word);
         finish_output(before);
-        if (__builtin_expect(raised, false)) scale_output(rescale);
-        softmax_.add(scores);
+        if (again) {
+          // Rare: the products have to be computed once more, all warps together.
+          pending = false;
+          break;
+        }
+        softmax_.add(total);
         pack(scores, probabilities);
         before = at_;
         at_.advance();
@@ -147,34 +155,24 @@ class Consumer {
     finish_output(step);
   }
 
-  /// A step with no output pending; its word.
+  /// A step with no output pending, or one that is done again, in the same turn; its word.
   __device__ __forceinline__ PairWord begin_steps(Scores& scores, Probabilities& probabilities,
-                                                  const Tile& tile) {
+                                                  const Tile& tile, bool again) {
     smem_.keys_full[at_.index].wait(at_.parity);
     const PairWord word = read_word();
-    take_turn();
+    if (!again) take_turn();
     issue_scores(scores);
-    pass_turn();
+    if (!again) pass_turn();
     cute::warpgroup_wait<0>();
-    finish_scores(word, scores, tile);
-    float rescale[2];
+    cute::warpgroup_fence_operand(scores);
+    mask(word, scores, tile);
+    release_keys(word);
+    float rescale[2], total[2];
     if (softmax_.raise(scores, scale_log2_, rescale)) scale_output(rescale);
-    softmax_.exponentiate(scores, scale_log2_);
-    softmax_.add(scores);
+    softmax_.exponentiate(scores, scale_log2_, total);
+    softmax_.add(total);
     pack(scores, probabilities);
     return word;
-  }
-
-  /// Keeps the assembler from moving the exponentials behind the wait that follows: a loop that is
-  /// never entered, since none is negative, but that ends a block.
-  static __device__ __forceinline__ void stay_ahead(const Scores& probabilities) {
-    constexpr int kLast = decltype(cute::size(probabilities))::value - 1;
-    if (probabilities(kLast) < 0.f || probabilities(kLast - 1) < 0.f) {
-      uint32_t clock;
-      do {
-        asm volatile("mov.u32 %0, %%clock;" : "=r"(clock));
-      } while (clock & 1);
-    }
   }
 
   __device__ __forceinline__ void pack(const Scores& scores, Probabilities& out) {
@@ -188,14 +186,16 @@ class Consumer {
     for (int i = 0; i < cute::size(output_); ++i) output_(i) *= rescale[i / 2 % 2];
   }
 
-  /// Scores have arrived: masks them and lets the keys go, and after the last the queries.
-  __device__ __forceinline__ void finish_scores(PairWord word, Scores& scores, const Tile& tile) {
-    cute::warpgroup_fence_operand(scores);
+  __device__ __forceinline__ void mask(PairWord word, Scores& scores, const Tile& tile) const {
     if (__builtin_expect(word.has(PairWord::kMask * 3), false)) {
       const Box(&boxes)[2] = smem_.stages[at_.index].boxes;
       if (word.has(PairWord::kMask)) mask<0>(scores, boxes[0], tile);
       if (word.has(PairWord::kMask << 1)) mask<1>(scores, boxes[1], tile);
     }
+  }
+
+  /// The scores are done with: lets the keys go, and after the tile's last the queries.
+  __device__ __forceinline__ void release_keys(PairWord word) {
     release(smem_.keys_free[at_.index]);
     if (word.has(PairWord::kEnd)) release(smem_.query_free);
   }

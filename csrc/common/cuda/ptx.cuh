@@ -19,7 +19,7 @@ __device__ __forceinline__ void barrier_sync(int id) {
 /// 2^x; 2^-inf is 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
-  asm volatile("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
   return y;
 }
 
