@@ -8,7 +8,7 @@ from typing import Any
 
 #: Milliseconds of the peers' vertical-slash kernels, tokens -> (columns, offsets) -> peer. Taken on
 #: one NVIDIA H200 on 2026-11-23, driver 580, torch 2.11 with CUDA 13.0: the same shapes and lists
-#: (`common.clustered_indexes`), index conversion not included. They do not run here.
+#: (`common.clustered_indexes`), the kernels without their index conversion. They do not run here.
 PEERS: dict[int, dict[tuple[int, int], dict[str, float]]] = {
     32768: {
         (1000, 6096): {"vLLM": 13.8, "MInference Triton": 13.0},
@@ -28,6 +28,7 @@ PEER_FACTOR = 1.6
 BAR_TOKENS = 131072  # the length of T2's and T3's bars
 ESTIMATE_BARS = {32768: 0.5, 131072: 0.8, 1048576: 5.0}  # ms, T5
 
+FA3 = "dense, FlashAttention-3"  # the case's name
 SOUND = "sound"  # a field that is 1 where the output is as it must be
 
 

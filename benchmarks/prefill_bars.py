@@ -38,7 +38,7 @@ import bars
 import common
 import prefill_attention as prefill
 import torch
-from bars import Bar
+from bars import FA3, Bar
 from prefill_attention import Build, Prepared
 from torch import Tensor
 from torch.autograd import DeviceType
@@ -53,7 +53,6 @@ from sparseattn.bench_tools import SDPA_BACKENDS, Timing
 BENCHMARK = "prefill-bars"
 TARGETS = ("T1", "T2", "T3", "T4", "T5", "T6", "million")
 DENSE = "dense"  # the target of the peers' rows
-FA3 = "dense, FlashAttention-3"
 
 TRACED = "device trace: first kernel of sparse_attention to the attention kernel"
 UNTRACED = "estimate_vertical_slash alone; the plan is not in it"
@@ -169,6 +168,16 @@ def full_list(inputs: prefill.Inputs) -> Prepared:
     return Prepared(made.call, inputs.causal, 1.0)
 
 
+def before_longest(spans: list[tuple[str, float, float]], writes: int) -> float | None:
+    """From the first to the start of the longest of the device's (name, start, end) after
+    ``writes`` events of one name; None where the trace is not like that."""
+    spans = sorted(spans, key=lambda span: span[1])
+    own = spans[writes:]
+    if len(own) < 2 or len({name for name, _, _ in spans[:writes]}) != 1:
+        return None
+    return max(own, key=lambda span: span[2] - span[1])[1] - own[0][1]
+
+
 def trace_before_attention(run: Run, call: Callable[[], object]) -> Timing | str:
     """From a call's first kernel to the start of its longest, the attention kernel; or why not.
 
@@ -189,13 +198,12 @@ def trace_before_attention(run: Run, call: Callable[[], object]) -> Timing | str
             call()
             torch.cuda.synchronize(run.device)
         events = [e for e in trace.events() if e.device_type == DeviceType.CUDA]
-        events.sort(key=lambda event: event.time_range.start)
-        if len(events) < fills + 2 or len({event.name for event in events[:fills]}) != 1:
-            return f"device trace has {len(events)} events, not the {fills} writes and the call's"
-        own = events[fills:]
-        longest = max(own, key=lambda event: event.time_range.end - event.time_range.start)
+        spans = [(e.name, e.time_range.start, e.time_range.end) for e in events]
+        found = before_longest(spans, fills)
+        if found is None:
+            return f"device trace has {len(spans)} events, not {fills} writes and then the call's"
         if turn:
-            times.append((longest.time_range.start - own[0].time_range.start) / 1e3)
+            times.append(found / 1e3)
     return Timing(statistics.median(times), min(times), max(times), len(times))
 
 
@@ -213,8 +221,11 @@ def estimate_and_plan(run: Run) -> dict[str, Any]:
 
     lists = estimate()
     alone = run.time(estimate)
-    traced = trace_before_attention(run, whole)
     both = run.time(whole)
+    try:
+        traced = trace_before_attention(run, whole)
+    except RuntimeError as error:  # the tracer's: the call itself has just run
+        traced = f"no device trace: {str(error).splitlines()[0][:90]}"
     given = run.time(lambda: sparseattn.vertical_slash_attention(q, k, v, *lists))
     timing, text = (alone, UNTRACED) if isinstance(traced, str) else (traced, TRACED)
     row = {
