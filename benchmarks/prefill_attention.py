@@ -101,8 +101,17 @@ def dense_peer(backend: SDPBackend | None) -> Build:
     return build
 
 
+def fa3_module() -> str | None:
+    """The module that offers FlashAttention-3 here, by name: a forward-only build or the whole."""
+    names = ("fa3_fwd_interface", "flash_attn_interface")
+    return next((name for name in names if importlib.util.find_spec(name) is not None), None)
+
+
 def flash_attention_3(inputs: Inputs) -> Prepared:
-    attend = importlib.import_module("fa3_fwd_interface").flash_attn_func
+    name = fa3_module()
+    if name is None:
+        raise ImportError("neither fa3_fwd_interface nor flash_attn_interface can be imported")
+    attend = importlib.import_module(name).flash_attn_func
     q, k, v = (x.transpose(1, 2) for x in inputs.random)
 
     def call() -> Tensor:
@@ -208,7 +217,7 @@ def cases(setting: Setting, device: torch.device) -> Iterator[tuple[str, Build]]
     """Name and builder of every case, in the order of the table."""
     for name, backend in SDPA_BACKENDS[device.type].items():
         yield f"dense, {name}", dense_peer(backend)
-    if device.type == "cuda" and importlib.util.find_spec("fa3_fwd_interface") is not None:
+    if device.type == "cuda" and fa3_module() is not None:
         yield "dense, FlashAttention-3", flash_attention_3
     yield "dense list", full_list
     yield f"block_sparse 64x64, {setting.per_row} a row", block_sparse(64, per_row=setting.per_row)
