@@ -62,16 +62,15 @@ class Consumer {
   /// Whether `value` is true for a thread of this consumer.
   __device__ bool any(bool value) { return cuda::barrier_any<128>(3 + index_, value); }
 
-  /// One arrival a warp, after all its lanes are done.
+  /// One arrival a warp. All its lanes are done: a barrier, a shuffle or a product of the whole
+  /// warp lies between what they read and this.
   __device__ __forceinline__ void release(cuda::MBarrier& barrier) {
-    __syncwarp();
     if (thread_ % 32 == 0) barrier.arrive();
   }
 
   /// Of the stage at hand.
   __device__ __forceinline__ PairWord read_word() {
-    // The same for all lanes; the shuffle tells the compiler.
-    return {__shfl_sync(~0u, smem_.stages[at_.index].words[index_].bits, 0)};
+    return {smem_.stages[at_.index].words[index_].bits};
   }
 
   /// Goes through the tile's pairs. The output of a step is computed in the next one, or when there

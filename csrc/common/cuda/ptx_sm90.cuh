@@ -62,8 +62,17 @@ struct alignas(8) MBarrier {
     return ended != 0;
   }
   __device__ __forceinline__ void wait(uint32_t parity) {
-    while (!try_wait(parity)) {
-    }
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "again:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+        "@p bra done;\n"
+        "bra again;\n"
+        "done:\n"
+        "}\n" ::"r"(shared_address(this)),
+        "r"(parity)
+        : "memory");
   }
 };
 
