@@ -37,6 +37,7 @@ class Consumer {
       smem_.query_full.wait(query_parity);
       attend(smem_.tiles[tile.index]);
       store(smem_.tiles[tile.index]);
+      __syncwarp();
       release(smem_.tile_free[tile.index]);
     }
     if (index_ == 1) take_turn();  // the other's last pass
@@ -59,11 +60,8 @@ class Consumer {
   __device__ void take_turn() { cuda::barrier_sync<256>(1 + index_); }
   __device__ void pass_turn() { cuda::barrier_arrive<256>(2 - index_); }
 
-  /// Whether `value` is true for a thread of this consumer.
-  __device__ bool any(bool value) { return cuda::barrier_any<128>(3 + index_, value); }
-
-  /// One arrival a warp. All its lanes are done: a barrier, a shuffle or a product of the whole
-  /// warp lies between what they read and this.
+  /// One arrival a warp. All its lanes are done: the end of a product of the whole warp, or
+  /// __syncwarp, lies between what they read and this.
   __device__ __forceinline__ void release(cuda::MBarrier& barrier) {
     if (thread_ % 32 == 0) barrier.arrive();
   }
@@ -81,13 +79,12 @@ class Consumer {
     Scores scores;
     Probabilities probabilities;  // of the step before, whose output is pending
     Stage before;
-    bool pending = false, again = false;
+    bool pending = false;
     PairWord word{0};
-    while (again || find_step(word, probabilities, before, pending)) {
+    while (find_step(word, probabilities, before, pending)) {
       if (!pending) {
-        word = begin_steps(scores, probabilities, tile, again);
+        word = begin_steps(scores, probabilities, tile);
         pending = true;
-        again = false;
         before = at_;
         at_.advance();
         continue;
@@ -102,18 +99,14 @@ class Consumer {
         pass_turn();
         // The products of this consumer end one after the other, the scores first.
         cute::warpgroup_wait<1>();
-        cute::warpgroup_fence_operand(scores);
-        mask(word, scores, tile);
-        float total[2];
-        again = any(softmax_.exponentiate(scores, scale_log2_, total));
-        if (!again) release_keys(word);
+        finish_scores(word, scores, tile);
+        float rescale[2];
+        const bool raised = softmax_.raise(scores, scale_log2_, rescale);
+        softmax_.exponentiate(scores, scale_log2_);
+        stay_ahead(scores);
         finish_output(before);
-        if (again) {
-          // Rare: the products have to be computed once more, all warps together.
-          pending = false;
-          break;
-        }
-        softmax_.add(total);
+        if (__builtin_expect(raised, false)) scale_output(rescale);
+        softmax_.add(scores);
         pack(scores, probabilities);
         before = at_;
         at_.advance();
@@ -141,6 +134,7 @@ class Consumer {
         take_turn();
         pass_turn();
       }
+      __syncwarp();
       release(smem_.keys_free[at_.index]);
       if (word.has(PairWord::kEnd)) release(smem_.query_free);
       at_.advance();
@@ -154,24 +148,34 @@ class Consumer {
     finish_output(step);
   }
 
-  /// A step with no output pending, or one that is done again, in the same turn; its word.
+  /// A step with no output pending; its word.
   __device__ __forceinline__ PairWord begin_steps(Scores& scores, Probabilities& probabilities,
-                                                  const Tile& tile, bool again) {
+                                                  const Tile& tile) {
     smem_.keys_full[at_.index].wait(at_.parity);
     const PairWord word = read_word();
-    if (!again) take_turn();
+    take_turn();
     issue_scores(scores);
-    if (!again) pass_turn();
+    pass_turn();
     cute::warpgroup_wait<0>();
-    cute::warpgroup_fence_operand(scores);
-    mask(word, scores, tile);
-    release_keys(word);
-    float rescale[2], total[2];
+    finish_scores(word, scores, tile);
+    float rescale[2];
     if (softmax_.raise(scores, scale_log2_, rescale)) scale_output(rescale);
-    softmax_.exponentiate(scores, scale_log2_, total);
-    softmax_.add(total);
+    softmax_.exponentiate(scores, scale_log2_);
+    softmax_.add(scores);
     pack(scores, probabilities);
     return word;
+  }
+
+  /// Keeps the assembler from moving the exponentials behind the wait that follows: a loop that is
+  /// never entered, since none is negative, but that ends a block.
+  static __device__ __forceinline__ void stay_ahead(const Scores& probabilities) {
+    constexpr int kLast = decltype(cute::size(probabilities))::value - 1;
+    if (probabilities(kLast) < 0.f || probabilities(kLast - 1) < 0.f) {
+      uint32_t clock;
+      do {
+        asm volatile("mov.u32 %0, %%clock;" : "=r"(clock));
+      } while (clock & 1);
+    }
   }
 
   __device__ __forceinline__ void pack(const Scores& scores, Probabilities& out) {
@@ -185,16 +189,15 @@ class Consumer {
     for (int i = 0; i < cute::size(output_); ++i) output_(i) *= rescale[i / 2 % 2];
   }
 
-  __device__ __forceinline__ void mask(PairWord word, Scores& scores, const Tile& tile) const {
+  /// Scores have arrived: masks them and lets the keys go, and after the last the queries.
+  __device__ __forceinline__ void finish_scores(PairWord word, Scores& scores, const Tile& tile) {
+    cute::warpgroup_fence_operand(scores);
     if (__builtin_expect(word.has(PairWord::kMask * 3), false)) {
       const Box(&boxes)[2] = smem_.stages[at_.index].boxes;
       if (word.has(PairWord::kMask)) mask<0>(scores, boxes[0], tile);
       if (word.has(PairWord::kMask << 1)) mask<1>(scores, boxes[1], tile);
+      __syncwarp();
     }
-  }
-
-  /// The scores are done with: lets the keys go, and after the tile's last the queries.
-  __device__ __forceinline__ void release_keys(PairWord word) {
     release(smem_.keys_free[at_.index]);
     if (word.has(PairWord::kEnd)) release(smem_.query_free);
   }

@@ -10,8 +10,7 @@
 //   tile_full / tile_free    1: the planner / 11: loaders, dealer and every consumer warp
 //   boxes_full / boxes_free  1: the planner / 1: the dealer
 //   pairs_full / pairs_free  1: the dealer / 2: the loaders
-// Named barriers 1 and 2, 256 threads: the turns of the consumers; 3 and 4, 128 threads: decisions
-// of one consumer (consumer.h).
+// Named barriers 1 and 2, 256 threads: the turns of the consumers (consumer.h).
 #pragma once
 
 #include "attention/sm90/consumer.h"

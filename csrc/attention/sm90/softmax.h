@@ -17,8 +17,7 @@ __device__ __forceinline__ float quad_sum(float x) {
 /// Fragments are accumulators, element 4 n + 2 row + c: column 8 n + 2 (lane % 4) + c.
 ///
 /// Probabilities are relative to a reference, a maximum of earlier scores that may be behind by
-/// kSlack (base 2). So the maximum of a step need not be known: it is enough that no sum of a
-/// thread's probabilities exceeds 2^kSlack, which they all would if one overflowed.
+/// kSlack (base 2), so that outputs are rescaled rarely.
 template <int kSlack>
 struct OnlineSoftmax {
   float max[2];  // the reference, a raw score
@@ -59,7 +58,7 @@ struct OnlineSoftmax {
     // false.
     const bool behind =
         (top[0] - max[0]) * scale_log2 > kSlack || (top[1] - max[1]) * scale_log2 > kSlack;
-    if (!__any_sync(~0u, behind)) return false;
+    if (__builtin_expect(!__any_sync(~0u, behind), true)) return false;
 #pragma unroll
     for (int lanes = 2; lanes > 0; lanes /= 2) {
 #pragma unroll
@@ -77,14 +76,11 @@ struct OnlineSoftmax {
     return true;
   }
 
-  /// Turns scores into probabilities, in place. Whether one may be too large for its reference:
-  /// then the caller begins again with the scores, and raises the references first.
+  /// Turns scores into probabilities, in place.
   template <class Scores>
-  __device__ __forceinline__ bool exponentiate(Scores& scores, float scale_log2,
-                                               float (&total)[2]) const {
+  __device__ __forceinline__ void exponentiate(Scores& scores, float scale_log2) const {
     constexpr int kTiles = decltype(cute::size(scores))::value / 4;
     const float shift[2] = {finite(max[0]) * scale_log2, finite(max[1]) * scale_log2};
-    float part[2][4] = {};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
@@ -93,21 +89,29 @@ struct OnlineSoftmax {
         for (int c = 0; c < 2; ++c) {
           float& x = scores(4 * n + 2 * row + c);
           x = cuda::exp2_approx(fmaf(x, scale_log2, -shift[row]));
-          part[row][2 * (n % 2) + c] += x;
         }
+      }
+    }
+  }
+
+  /// Adds probabilities to the sums. Apart from the exponentials, whose pace an addition that has
+  /// to wait for one of them would disturb.
+  template <class Scores>
+  __device__ __forceinline__ void add(const Scores& probabilities) {
+    constexpr int kTiles = decltype(cute::size(probabilities))::value / 4;
+    float total[2][4] = {};
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        total[row][2 * (n % 2)] += probabilities(4 * n + 2 * row);
+        total[row][2 * (n % 2) + 1] += probabilities(4 * n + 2 * row + 1);
       }
     }
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      total[row] = (part[row][0] + part[row][1]) + (part[row][2] + part[row][3]);
+      sum[row] += (total[row][0] + total[row][1]) + (total[row][2] + total[row][3]);
     }
-    constexpr float kLimit = static_cast<float>(uint64_t{1} << kSlack);
-    return total[0] > kLimit || total[1] > kLimit;
-  }
-
-  __device__ __forceinline__ void add(const float (&total)[2]) {
-    sum[0] += total[0];
-    sum[1] += total[1];
   }
 
  private:

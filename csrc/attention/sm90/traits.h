@@ -30,7 +30,7 @@ struct Traits {
   static constexpr int kConsumerRegisters = kHeadDim == 128 ? 224 : 208;
 
   /// How far the softmax reference may be behind, in powers of two (softmax.h).
-  static constexpr int kSlack = std::is_same_v<Element, cutlass::half_t> ? 15 : 40;
+  static constexpr int kSlack = 8;
 
   /// Rows are cut into swizzled pieces of kAtomCols: 128 bytes, or 64 where head_dim is no
   /// multiple.

@@ -110,23 +110,6 @@ __device__ __forceinline__ void barrier_arrive(int id) {
   asm volatile("bar.arrive %0, %1;\n" ::"r"(id), "n"(kThreads) : "memory");
 }
 
-/// Waits at named barrier `id` for kThreads threads; whether `value` is true for any of them.
-template <int kThreads>
-__device__ __forceinline__ bool barrier_any(int id, bool value) {
-  uint32_t any;
-  asm volatile(
-      "{\n"
-      ".reg .pred p, q;\n"
-      "setp.ne.u32 p, %2, 0;\n"
-      "bar.red.or.pred q, %1, %3, p;\n"
-      "selp.u32 %0, 1, 0, q;\n"
-      "}\n"
-      : "=r"(any)
-      : "r"(id), "r"(static_cast<uint32_t>(value)), "n"(kThreads)
-      : "memory");
-  return any != 0;
-}
-
 /// Sets the warpgroup's registers a thread. All its warps call this.
 template <int kRegisters>
 __device__ __forceinline__ void raise_registers() {
