@@ -26,8 +26,8 @@ struct Traits {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kThreads = 128 * (1 + kConsumers);
   /// A thread's, within the 168 that a launch gives each; accumulators set the consumers' need.
-  static constexpr int kProducerRegisters = kHeadDim == 128 ? 56 : 88;
-  static constexpr int kConsumerRegisters = kHeadDim == 128 ? 224 : 208;
+  static constexpr int kProducerRegisters = kHeadDim == 128 ? 40 : 88;
+  static constexpr int kConsumerRegisters = kHeadDim == 128 ? 232 : 208;
 
   /// How far the softmax reference may be behind, in powers of two (softmax.h).
   static constexpr int kSlack = 8;
