@@ -22,6 +22,7 @@ __version__: str = _build_info()["version"]
 # Loaded on first use: they need more than torch, or more time.
 _LAZY = {
     "PatternConfig": ("config", "PatternConfig"),
+    "ShadowKVCache": ("shadow_cache", "ShadowKVCache"),
     "search_patterns": ("search", "search_patterns"),
 }
 _MODULES = ("config", "hf", "policy", "reference", "search")
@@ -32,6 +33,7 @@ __all__ = [
     "Dense",
     "Pattern",
     "PatternConfig",
+    "ShadowKVCache",
     "VerticalSlash",
     "a_shape_attention",
     "block_sparse_attention",

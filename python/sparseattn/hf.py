@@ -6,7 +6,7 @@ know is stored on its attention module and removed by ``disable(model)``.
 
 What runs when, for each sequence of the batch (lengths are counted without left padding):
 
-* ``q_len == 1`` (decode): dense.
+* ``q_len == 1`` (decode): dense, or with a ``ShadowKVCache`` its own attention.
 * ``kv_len >= min_length`` and ``q_len >= MIN_QUERY_ROWS``: ``sparse_attention`` with the layer's
   patterns. Appended and chunked prefill too; the index is estimated anew for every call.
   ``min_length`` is measured, for each layer's patterns apart (``sparseattn.policy``), or given.
@@ -46,6 +46,9 @@ FAMILIES = {
     "qwen3": "Qwen3Attention",
     "phi3": "Phi3Attention",
 }
+
+#: Attribute of keys that a ShadowKVCache returned for a decode step: the layer that attends.
+MARK = "_sparseattn_shadow"
 
 _STATE = "_sparseattn_layer"  # attribute of an attention module
 _PREVIOUS = "_sparseattn_previous"  # attribute of the model: the implementation to go back to
@@ -300,6 +303,11 @@ def attention(
     if state is None:
         raise ValueError('model: attn_implementation "sparseattn" is set by sparseattn.hf.enable')
     _refuse_options(module, dropout, is_causal, kwargs)
+    layer = getattr(key, MARK, None)
+    if layer is not None:
+        if attention_mask is not None and attention_mask[:, 0, 0, 0].any():
+            raise ValueError("attention_mask: expected no padding with a ShadowKVCache, got some")
+        return layer.attend(query, scaling).transpose(1, 2).contiguous(), None
     q_len = query.shape[2]
     starts, kv_len = _key_range(attention_mask, q_len, key.shape[2])
     if sliding_window is not None and kv_len > sliding_window:

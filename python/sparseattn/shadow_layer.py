@@ -1,0 +1,338 @@
+"""One layer of a ShadowKVCache: what of the keys and values is kept where, and how it grows.
+
+Tokens ``[0, compressed)`` are chunks: a low-rank factor of their keys before RoPE, a landmark each,
+and their values in the store. A few of them, the outliers and sinks, are also kept exactly, in the
+first rows of the exact buffer; landmarks of these are never selected. Tokens from ``compressed`` on,
+the tail, are the rest of that buffer. Generated and appended tokens join the tail, and its oldest
+tokens become chunks when it is long: so memory grows by the compressed size, without a limit.
+
+All sequences of a batch have the same length. Short texts are kept as they are ("dense").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseattn.rope import Rope
+
+_SLICE = 8192  # tokens whose fp32 copies exist at a time
+_ops = torch.ops.sparseattn
+
+
+@dataclass(frozen=True)
+class ShadowOptions:
+    """What the layers of a cache share; sizes in tokens, chunks or dimensions as their names say."""
+
+    rank: int
+    chunk: int
+    top_k: int  # chunks
+    outliers: int  # chunks
+    sinks: int  # chunks
+    local: int  # tokens of the tail that are never compressed
+    flush: int  # tokens that become chunks at a time
+    slots: int  # chunks whose values are at hand
+    store: str  # "device", "host" or "auto"
+
+    @property
+    def dense_limit(self) -> int:
+        """Texts up to this length are kept as they are: compressed they would need no less."""
+        return self.chunk * (self.top_k + self.outliers + self.sinks) + self.local + self.flush
+
+
+def _allocate(what: str, shape: tuple[int, ...], like: Tensor, *, host: bool = False) -> Tensor:
+    """An empty tensor of like's dtype; MemoryError says how much was needed."""
+    needed = torch.Size(shape).numel() * like.element_size()
+    try:
+        if host and like.is_cuda:
+            return torch.empty(shape, dtype=like.dtype, pin_memory=True)
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    except RuntimeError as error:
+        place = "host memory (pinned)" if host else f"memory of {like.device}"
+        raise MemoryError(
+            f"ShadowKVCache: {what} needs {needed / 2**20:.1f} MiB of {place}: {error}"
+        ) from error
+
+
+class _Rows:
+    """A tensor [B, H, rows, D] that grows at its end, with room to spare."""
+
+    def __init__(self, what: str, rows: Tensor, *, host: bool = False):
+        self.what, self.host = what, host
+        self.length = 0
+        self.data = _allocate(what, (*rows.shape[:2], 0, rows.shape[3]), rows, host=host)
+        self.append(rows)
+
+    @property
+    def rows(self) -> Tensor:
+        return self.data[:, :, : self.length]
+
+    def reserve(self, length: int, like: Tensor) -> None:
+        if length <= self.data.shape[2]:
+            return
+        room = length + length // 8 + 64
+        shape = (*self.data.shape[:2], room, self.data.shape[3])
+        grown = _allocate(self.what, shape, like, host=self.host)
+        grown[:, :, : self.length] = self.rows
+        self.data = grown
+
+    def append(self, rows: Tensor) -> None:
+        length = self.length + rows.shape[2]
+        self.reserve(length, rows)
+        self.data[:, :, self.length : length] = rows
+        self.length = length
+
+    def drop(self, first: int, count: int) -> None:
+        """Removes rows [first, first + count)."""
+        moved = self.data[:, :, first + count : self.length].clone()
+        self.length -= count
+        self.data[:, :, first : self.length] = moved
+
+    def select(self, index: Tensor) -> None:
+        picked = self.data.index_select(0, index.to(self.data.device))
+        if self.host and not picked.is_pinned() and torch.cuda.is_available():
+            picked = picked.pin_memory()
+        self.data = picked
+
+
+class ShadowState:
+    """The compressed form of one layer."""
+
+    def __init__(self, options: ShadowOptions, rope: Rope, keys: Tensor, values: Tensor):
+        """keys (after RoPE) and values ``[B, Hkv, N, D]`` of a whole text."""
+        self.options, self.rope = options, rope
+        batch, heads, tokens, dim = keys.shape
+        chunk = options.chunk
+        chunks = (tokens - options.local) // chunk
+        count = chunks * chunk
+        self._find_basis(keys[:, :, :count])
+        self.chunks = 0
+        self.hits = torch.zeros((), dtype=torch.int64, device=keys.device)
+        self.misses = torch.zeros((), dtype=torch.int64, device=keys.device)
+        self.host = options.store == "host" or (
+            options.store == "auto" and not _fits(values[:, :, :count])
+        )
+        cosine = self._add_chunks(keys[:, :, :count], values[:, :, :count])
+        self._keep_exact(keys, values, cosine, count)
+        slots = (batch, heads, options.slots)
+        self.slots = _allocate("values at hand", (*slots, chunk * dim), values)
+        self.slot_chunk = torch.full(slots, -1, dtype=torch.int32, device=keys.device)
+        self.last_used = torch.zeros(slots, dtype=torch.int32, device=keys.device)
+
+    # --- compression ---------------------------------------------------------------------------
+
+    def _find_basis(self, keys: Tensor) -> None:
+        """basis [B, Hkv, rank, D] and mean [B, Hkv, D]: the eigenvectors of the largest eigenvalues
+        of the keys' covariance, heads side by side (arXiv 2410.21465, section 4.1)."""
+        batch, heads, tokens, dim = keys.shape
+        width = heads * dim
+        rank = min(self.options.rank, width)
+        place = {"dtype": torch.float64, "device": keys.device}
+        gram, total = torch.zeros(batch, width, width, **place), torch.zeros(batch, width, **place)
+        counted = torch.zeros(batch, dtype=torch.int64, device=keys.device)
+        for first in range(0, tokens, _SLICE):
+            part = self.rope.undo(keys[:, :, first : first + _SLICE], first).to(keys.dtype)
+            _ops.shadow_gram_(part, gram, total, counted)
+        mean = total / tokens
+        covariance = gram / tokens - mean[:, :, None] * mean[:, None, :]
+        vectors = torch.linalg.eigh(covariance).eigenvectors[:, :, -rank:].flip(-1)
+        self.vectors = vectors.float()
+        self.flat_mean = mean.float()
+        self.mean = self.flat_mean.view(batch, heads, dim)
+        basis = self.vectors.view(batch, heads, dim, rank).transpose(2, 3)
+        self.basis = basis.to(keys.dtype).contiguous()
+
+    def _factor_of(self, keys: Tensor, first: int) -> Tensor:
+        """Rows [B, 1, n, rank] of the factor for keys after RoPE."""
+        rows = self.rope.undo(keys, first).transpose(1, 2).flatten(2)
+        return ((rows - self.flat_mean[:, None]) @ self.vectors).to(keys.dtype)[:, None]
+
+    def _add_chunks(self, keys: Tensor, values: Tensor) -> Tensor:
+        """Appends whole chunks of tokens, the next ones; returns their smallest cosines."""
+        batch, heads, tokens, dim = keys.shape
+        chunk = self.options.chunk
+        first, count = self.chunks * chunk, tokens // chunk
+        landmarks = torch.empty(batch, heads, count, dim, dtype=keys.dtype, device=keys.device)
+        cosine = torch.empty(batch, heads, count, dtype=torch.float32, device=keys.device)
+        _ops.shadow_landmarks_(keys, landmarks, cosine, chunk=chunk)
+        stored = values.reshape(batch, heads, count, chunk * dim)
+        parts = [
+            self._factor_of(keys[:, :, at : at + _SLICE], first + at)
+            for at in range(0, tokens, _SLICE)
+        ]
+        factor = torch.cat(parts, dim=2)
+        excluded = torch.zeros(batch, heads, count, 1, dtype=torch.bool, device=keys.device)
+        if self.chunks == 0:
+            self.factor = _Rows("the keys' factor", factor)
+            self.landmarks = _Rows("landmarks", landmarks)
+            self.excluded = _Rows("the list of exact chunks", excluded)
+            self.store = _Rows("values", stored, host=self.host)
+        else:
+            # Reserved before any of them is changed: running out of memory changes nothing.
+            total = self.chunks + count
+            self.factor.reserve(first + tokens, factor)
+            self.landmarks.reserve(total, landmarks)
+            self.excluded.reserve(total, excluded)
+            self.store.reserve(total, stored)
+            self.factor.append(factor)
+            self.landmarks.append(landmarks)
+            self.excluded.append(excluded)
+            self.store.append(stored)
+        self.chunks += count
+        return cosine
+
+    def _keep_exact(self, keys: Tensor, values: Tensor, cosine: Tensor, compressed: int) -> None:
+        """The exact buffer: rows of outliers and sinks, then the tail."""
+        options = self.options
+        batch, heads, _, dim = keys.shape
+        count = min(options.outliers + options.sinks, self.chunks)
+        sinks = min(options.sinks, self.chunks)
+        self.outliers = _ops.shadow_outliers(cosine, count=count, sink_chunks=sinks)
+        ids = self.outliers.long()
+        self.excluded.data.scatter_(2, ids[..., None], True)
+        tokens = (ids[..., None] * options.chunk).add(
+            torch.arange(options.chunk, device=keys.device)
+        )
+        index = tokens.flatten(2)[..., None].expand(-1, -1, -1, dim)
+        self.first = count * options.chunk  # row of the tail's first token
+        tail = slice(compressed, None)
+        self.keys = _Rows("exact keys", torch.cat((keys.gather(2, index), keys[:, :, tail]), 2))
+        self.values = _Rows(
+            "exact values", torch.cat((values.gather(2, index), values[:, :, tail]), 2)
+        )
+
+    # --- growth --------------------------------------------------------------------------------
+
+    @property
+    def compressed(self) -> int:
+        return self.chunks * self.options.chunk
+
+    @property
+    def length(self) -> int:
+        return self.compressed + self.keys.length - self.first
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """New tokens, after RoPE. The oldest of the tail become chunks when it has grown by
+        ``flush`` tokens."""
+        total = self.keys.length + keys.shape[2]
+        self.keys.reserve(total, keys)
+        self.values.reserve(total, values)
+        self.keys.append(keys)
+        self.values.append(values)
+
+    def flush(self) -> None:
+        options = self.options
+        spare = self.keys.length - self.first - options.local
+        if spare < options.flush:
+            return
+        count = spare // options.chunk * options.chunk
+        moved = slice(self.first, self.first + count)
+        self._add_chunks(self.keys.data[:, :, moved], self.values.data[:, :, moved])
+        self.keys.drop(self.first, count)
+        self.values.drop(self.first, count)
+
+    # --- use -----------------------------------------------------------------------------------
+
+    def everything(self) -> tuple[Tensor, Tensor]:
+        """Keys, rebuilt where they are not exact, and values of all tokens ``[B, Hkv, N, D]``."""
+        options = self.options
+        batch, heads, _, dim = self.keys.data.shape
+        place = self.keys.data.device
+        ids = torch.arange(self.chunks, dtype=torch.int32, device=place)
+        keys = _ops.lowrank_reconstruct(
+            ids.expand(batch, heads, -1).contiguous(),
+            self.factor.rows[:, 0],
+            self.basis,
+            self.mean,
+            self.rope.inv_freq.to(place),
+            chunk=options.chunk,
+            interleaved=self.rope.interleaved,
+            rope_scale=self.rope.scale,
+        )
+        chunked = keys.view(batch, heads, self.chunks, options.chunk * dim)
+        exact = self.keys.data[:, :, : self.first].reshape(batch, heads, -1, options.chunk * dim)
+        index = self.outliers.long()[..., None].expand_as(exact)
+        keys = chunked.scatter(2, index, exact).view_as(keys)
+        values = self.store.rows.to(place).reshape(batch, heads, self.compressed, dim)
+        tail = slice(self.first, self.keys.length)
+        return (
+            torch.cat((keys, self.keys.data[:, :, tail]), dim=2),
+            torch.cat((values, self.values.data[:, :, tail]), dim=2),
+        )
+
+    def attend(self, query: Tensor, scale: float | None) -> Tensor:
+        """Decode attention of the last tokens ``query [B, Hq, q_len, D]``; same shape."""
+        options = self.options
+        top_k = min(options.top_k, self.chunks)
+        excluded = self.excluded.rows[..., 0].contiguous()
+        selected = _ops.shadow_select(
+            query, self.landmarks.rows, top_k=top_k, excluded=excluded, scale=scale
+        )
+        slot_of, misses, miss_count = _ops.shadow_plan_(selected, self.slot_chunk, self.last_used)
+        _ops.gather_values_(self.store.rows, self.slots, misses, miss_count)
+        missed = miss_count.sum()
+        self.misses += missed
+        self.hits += (selected >= 0).sum() - missed
+        out, _ = _ops.shadow_attention(
+            query,
+            self.keys.rows,
+            self.values.rows,
+            selected,
+            slot_of,
+            self.slots,
+            self.factor.rows[:, 0],
+            self.basis,
+            self.mean,
+            self.rope.inv_freq.to(query.device),
+            interleaved=self.rope.interleaved,
+            rope_scale=self.rope.scale,
+            scale=scale,
+        )
+        return out
+
+    def select(self, index: Tensor) -> None:
+        """Keeps, repeats or reorders sequences of the batch."""
+        for rows in (
+            self.factor,
+            self.landmarks,
+            self.excluded,
+            self.store,
+            self.keys,
+            self.values,
+        ):
+            rows.select(index)
+        for name in (
+            "vectors",
+            "flat_mean",
+            "mean",
+            "basis",
+            "outliers",
+            "slots",
+            "slot_chunk",
+            "last_used",
+        ):
+            x = getattr(self, name)
+            setattr(self, name, x.index_select(0, index.to(x.device)))
+
+    def memory(self) -> dict[str, int]:
+        """Bytes by part; ``host_values`` are in (pinned) host memory."""
+        store = "host_values" if self.host else "store_values"
+        parts: dict[str, Any] = {
+            "factor": (self.factor.data, self.basis, self.mean, self.vectors, self.flat_mean),
+            "landmarks": (self.landmarks.data, self.excluded.data),
+            "exact": (self.keys.data, self.values.data),
+            store: (self.store.data,),
+            "value_slots": (self.slots, self.slot_chunk, self.last_used),
+        }
+        return {name: sum(x.nbytes for x in tensors) for name, tensors in parts.items()}
+
+
+def _fits(values: Tensor) -> bool:
+    """Whether the values may stay on the device: they take at most a quarter of what is free."""
+    if not values.is_cuda:
+        return True
+    free, _ = torch.cuda.mem_get_info(values.device)
+    return values.nbytes * 4 <= free
