@@ -5,8 +5,6 @@
 #include <string>
 
 namespace sparseattn::torch_layer {
-namespace {
-
 std::string dtype_name(ScalarType dtype) {
   switch (dtype) {
     case ScalarType::Float:
@@ -40,14 +38,7 @@ std::string sizes_name(const Tensor& tensor) {
   return tensor.dim() ? text.str() + "]" : "[]";
 }
 
-template <class List, class Name>
-std::string join(const List& list, const Name& name) {
-  std::ostringstream text;
-  for (size_t i = 0; i < list.size(); ++i) {
-    text << (i == 0 ? "" : i + 1 == list.size() ? " or " : ", ") << name(list[i]);
-  }
-  return text.str();
-}
+namespace {
 
 void check_device(const char* name, const Tensor& tensor, const Tensor& q) {
   if (device_name(tensor) != device_name(q)) {

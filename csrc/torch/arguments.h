@@ -37,6 +37,21 @@ template <class... Parts>
   throw std::runtime_error(text.str());
 }
 
+/// As the errors say it.
+std::string dtype_name(ScalarType dtype);
+std::string device_name(const Tensor& tensor);
+std::string sizes_name(const Tensor& tensor);
+
+/// "a, b or c"
+template <class List, class Name>
+std::string join(const List& list, const Name& name) {
+  std::ostringstream text;
+  for (size_t i = 0; i < list.size(); ++i) {
+    text << (i == 0 ? "" : i + 1 == list.size() ? " or " : ", ") << name(list[i]);
+  }
+  return text.str();
+}
+
 /// Throws what a failed library call says.
 inline void check_status(const Status& status) {
   if (!status.ok()) throw std::runtime_error(std::string("sparseattn: ") + status.what);

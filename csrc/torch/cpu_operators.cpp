@@ -7,19 +7,10 @@
 
 #include "sparseattn/cpu.h"
 #include "torch/arguments.h"
+#include "torch/cpu.h"
 
 namespace sparseattn::torch_layer {
 namespace {
-
-const Support& support() {
-  static const Support kSupport{
-      "cpu", {ScalarType::Float, ScalarType::BFloat16}, {16, 32, 64, 96, 128}};
-  return kSupport;
-}
-
-void run_parallel(int64_t n, const std::function<void(int64_t, int64_t)>& body) {
-  torch::stable::parallel_for(0, n, 1, body);
-}
 
 /// Index lists as contiguous int32 [batch, heads, n]; values that int32 cannot hold become -1.
 std::vector<int32_t> copy_list(const Tensor& list) {

@@ -12,14 +12,12 @@
 
 #include "attention/cpu/key_list.h"
 #include "common/cpu/kernels.h"
+#include "common/cpu/panel.h"
 #include "common/cpu/work.h"
 #include "sparseattn/cpu.h"
 
 namespace sparseattn::cpu {
 namespace {
-
-constexpr float kLog2e = 1.44269504088896340736f;
-constexpr double kLn2 = 0.693147180559945309417;
 
 struct Scratch {
   FloatBuffer queries{kTileRows * kMaxHeadDim};
@@ -79,12 +77,7 @@ ChunkMask fill_mask(const KeyList& list, int64_t first_position, int32_t count, 
 }
 
 void start_panels(int32_t head_dim, Scratch& s) {
-  for (PanelState& state : s.state) {
-    for (int32_t r = 0; r < kPanelRows; ++r) {
-      state.max[r] = -INFINITY;
-      state.sum[r] = 0.0f;
-    }
-  }
+  for (PanelState& state : s.state) start(&state);
   for (int32_t i = 0; i < kTileRows * head_dim; ++i) s.out.data()[i] = 0.0f;
 }
 
@@ -93,12 +86,8 @@ void finish_panel(const Kernels& kernels, int32_t panel, int32_t rows, int32_t h
   const PanelState& state = s.state[panel];
   float factor[kPanelRows];
   for (int32_t r = 0; r < rows; ++r) {
-    const bool empty = state.sum[r] == 0.0f;
-    factor[r] = empty ? 0.0f : 1.0f / state.sum[r];
-    if (lse != nullptr) {
-      lse[r] = empty ? -INFINITY
-                     : static_cast<float>((state.max[r] + std::log2(double{state.sum[r]})) * kLn2);
-    }
+    factor[r] = out_factor(state, r);
+    if (lse != nullptr) lse[r] = lse_of(state, r);
   }
   kernels.store(s.out.data() + panel * head_dim * kPanelRows, factor, rows, head_dim, out);
 }

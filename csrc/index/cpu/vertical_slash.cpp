@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/cpu/kernels.h"
+#include "common/cpu/panel.h"
 #include "common/cpu/work.h"
 #include "index/cpu/pick.h"
 #include "index/cpu/share.h"
@@ -16,8 +17,6 @@
 
 namespace sparseattn::cpu {
 namespace {
-
-constexpr float kLog2e = 1.44269504088896340736f;
 
 struct Scratch {
   FloatBuffer queries{kTileRows * kMaxHeadDim};
@@ -80,10 +79,7 @@ void for_each_chunk(const Kernels& kernels, const Shape& shape, const Head& head
 void sum_masses(const Kernels& kernels, const Shape& shape, float scale, const Head& head,
                 const Hidden& hidden, Scratch& s) {
   kernels.pack_queries(head.q, head.rows, shape.head_dim, scale * kLog2e, s.queries.data());
-  for (PanelState& state : s.state) {
-    std::fill_n(state.max, kPanelRows, -INFINITY);
-    std::fill_n(state.sum, kPanelRows, 0.0f);
-  }
+  for (PanelState& state : s.state) start(&state);
   for_each_chunk(kernels, shape, head, {0, 0}, s, [&](int32_t panel, int64_t, int32_t padded) {
     kernels.softmax(s.scores.data(), padded, &s.state[panel]);
   });

@@ -1,0 +1,196 @@
+// ShadowKV decode (arXiv 2410.21465): parameters of its steps, and the CPU functions that run them.
+//
+// The keys of a prompt become a low-rank factor (before RoPE), landmarks (means of `chunk`
+// neighbouring keys after RoPE) and a few chunks that stay exact; values go to a store. A step
+// selects chunks by their landmarks, plans which of their values are still in a slot, fetches the
+// others, and attends: exact rows as they are, selected chunks with rebuilt keys.
+//
+// Chunk j of a sequence is its tokens [j * chunk, (j + 1) * chunk), and token n is at RoPE position
+// n. Lists of chunk ids are int32, contiguous, -1 where there is nothing. All pointers are memory
+// of the device that computes, and what changes from step to step lies there: a captured launch
+// reads it anew. Numbers read there are clamped or dropped, never trusted with an address.
+#pragma once
+
+#include <cstdint>
+
+#include "sparseattn/cpu.h"
+#include "sparseattn/types.h"
+
+namespace sparseattn {
+
+/// Sums from which the basis of a sequence's keys is computed, added to what is there. Keys come
+/// before RoPE, and their heads side by side: width = kv_heads * head_dim.
+struct ShadowGram {
+  int32_t batch;
+  int32_t kv_heads;
+  int32_t rows;
+  int32_t head_dim;
+  DType dtype;
+  View k;           // [batch, kv_heads, rows, head_dim]
+  LengthList lens;  // rows of each sequence that count
+  double* gram;     // [batch, width, width] += k^T k, both triangles
+  double* total;    // [batch, width] += sum of the rows
+  int64_t* count;   // [batch] += rows
+};
+
+/// Landmarks of the whole chunks among `rows` rows of keys after RoPE. Chunk j of the call becomes
+/// chunk first_chunk[b] + j of sequence b; what has no room is dropped.
+struct ShadowLandmarks {
+  int32_t batch;
+  int32_t kv_heads;
+  int32_t rows;
+  int32_t head_dim;
+  int32_t chunk;   // 4, 8, 16 or 32
+  int32_t chunks;  // room for each sequence
+  DType dtype;
+  View k;                  // [batch, kv_heads, rows, head_dim]
+  LengthList lens;         // rows of each sequence that count
+  LengthList first_chunk;  // 0 for all where there is no data
+  View landmarks;          // out [batch, kv_heads, chunks, head_dim] of `dtype`
+  float* min_cosine;       // out [batch, kv_heads, chunks], or null: smallest cosine of a chunk's
+                           //   keys to their mean; 0 where one of the two is zero
+};
+
+/// The chunks that stay exact: [0, sink_chunks) first, then those of smallest min_cosine; equals,
+/// and NaN last, by the smaller id.
+struct ShadowOutliers {
+  int32_t batch;
+  int32_t kv_heads;
+  int32_t chunks;
+  int32_t count;  // asked for
+  int32_t sink_chunks;
+  const float* min_cosine;  // [batch, kv_heads, chunks]
+  LengthList num_chunks;    // chunks of each sequence
+  int32_t* outliers;        // out [batch, kv_heads, count] ascending, then -1
+};
+
+/// The top_k chunks by landmark score. With s = q . landmark * scale and the softmax of each query
+/// row over the sequence's candidates (excluded chunks are none), a chunk's score is the largest
+/// log-probability that a row of the group gives it, in fp32. Equal scores go by the smaller id.
+struct ShadowSelect {
+  int32_t batch;
+  int32_t q_heads;
+  int32_t kv_heads;
+  int32_t q_len;
+  int32_t chunks;
+  int32_t head_dim;
+  int32_t top_k;
+  DType dtype;
+  View q;                   // [batch, q_heads, q_len, head_dim] after RoPE
+  View landmarks;           // [batch, kv_heads, chunks, head_dim]
+  LengthList q_lens;        // query rows of each sequence
+  LengthList num_chunks;    // chunks of each sequence; the landmarks of others are not read
+  const uint8_t* excluded;  // bool [batch, kv_heads, chunks], or null
+  float scale;
+  int32_t* selected;  // out [batch, kv_heads, top_k] ascending, then -1
+};
+
+/// Where the values of the selected chunks are or go: `slots` >= top_k places for each key/value
+/// head. A chunk that is in a slot stays there. The others, by ascending place in the list, take
+/// the slots that hold none of the selected chunks, least recently used first, then lower slots.
+/// The slots of all selected chunks are stamped with 1 + the largest stamp of the head.
+struct ShadowPlan {
+  int32_t batch;
+  int32_t kv_heads;
+  int32_t top_k;
+  int32_t slots;
+  const int32_t* selected;  // [batch, kv_heads, top_k] distinct
+  int32_t* slot_chunk;      // [batch, kv_heads, slots] in and out, -1: empty
+  int32_t* last_used;       // [batch, kv_heads, slots] in and out, 0: never
+  int32_t* slot_of;         // out [batch, kv_heads, top_k] slot of each selected chunk, -1 for -1
+  int32_t* misses;          // out [batch, kv_heads, top_k, 2] (slot, chunk), then -1
+  int32_t* miss_count;      // out [batch, kv_heads]
+};
+
+/// Copies missed chunks from the store into their slots. Views are of rows of a whole chunk.
+struct GatherValues {
+  int32_t batch;
+  int32_t kv_heads;
+  int32_t top_k;
+  int32_t chunks;
+  int32_t slots;
+  int64_t row_bytes;          // of a chunk of one head: chunk * head_dim elements
+  DType dtype;                // of store and values
+  View store;                 // [batch, kv_heads, chunks, chunk * head_dim]; may be pinned host
+                              //   memory of the device that computes
+  View values;                // out [batch, kv_heads, slots, chunk * head_dim]
+  const int32_t* misses;      // [batch, kv_heads, top_k, 2] (slot, chunk); others are dropped
+  const int32_t* miss_count;  // [batch, kv_heads]
+};
+
+/// Rotary position embedding. Pair i of a key at position n turns by the angle n * inv_freq[i],
+/// the product rounded to fp32 as models compute it; cosine and sine are of that angle, times
+/// `scale`. Pairs are dims (2i, 2i + 1) if interleaved, else (i, i + rotary_dim / 2); dims from
+/// rotary_dim on are left alone.
+struct Rope {
+  const float* inv_freq;  // [rotary_dim / 2]
+  int32_t rotary_dim;     // even, 0 .. head_dim; 0: no rotation
+  bool interleaved;
+  float scale;
+};
+
+/// Keys of a prompt at low rank: key(n, head) = rope(factor[n] . basis[head] + mean[head], n).
+struct LowRankKeys {
+  int32_t rows;  // tokens
+  int32_t rank;  // a multiple of 16
+  int32_t chunk;
+  View factor;        // [batch, (one head), rows, rank]
+  View basis;         // [batch, kv_heads, rank, head_dim]
+  const float* mean;  // [batch, kv_heads, head_dim], or null: zero
+  Rope rope;
+};
+
+/// Rebuilt keys of chunks. A list entry that is no chunk of `rows` tokens gives zeros.
+struct LowRankReconstruct {
+  int32_t batch;
+  int32_t kv_heads;
+  int32_t head_dim;
+  int32_t top_k;
+  DType dtype;  // of factor, basis and out
+  LowRankKeys keys;
+  const int32_t* selected;  // [batch, kv_heads, top_k]
+  View out;                 // [batch, kv_heads, top_k * chunk, head_dim]
+};
+
+/// Decode attention. Sequence b has the exact rows [exact_starts[b], exact_lens[b]), the last of
+/// which belong to its queries: query row i of q_lens[b] sees those up to row
+/// exact_lens[b] - q_lens[b] + i, and all tokens of the selected chunks.
+struct ShadowAttention {
+  Shape shape;  // kv_len: rows of the exact buffer
+  DType dtype;  // of q, k, v, out, factor, basis and values
+  View q;       // [batch, q_heads, q_len, head_dim] after RoPE
+  View k;       // [batch, kv_heads, kv_len, head_dim] after RoPE
+  View v;       // [batch, kv_heads, kv_len, head_dim]
+  View out;     // [batch, q_heads, q_len, head_dim]; 0 past q_lens, or where nothing is seen
+  float* lse;   // [batch, q_heads, q_len] natural log, -inf where nothing is seen; may be null
+  float scale;
+  LengthList q_lens;
+  LengthList exact_lens;
+  LengthList exact_starts;  // 0 for all where there is no data
+  LowRankKeys keys;
+  int32_t top_k;
+  int32_t slots;
+  const int32_t* selected;  // [batch, kv_heads, top_k] distinct; an entry counts if it is a chunk
+  const int32_t* slot_of;   // [batch, kv_heads, top_k]           of keys.rows tokens in a slot
+  View values;  // [batch, kv_heads, slots, chunk * head_dim], row_stride chunk * head_dim
+};
+
+/// A length of each sequence that is 0 where nothing is given.
+SPARSEATTN_HOST_DEVICE inline int32_t start_of(const LengthList& list, int64_t sequence,
+                                               int32_t most) {
+  return list.data == nullptr ? 0 : list.at(sequence, most);
+}
+
+namespace cpu {
+// fp32 or bf16, sums in fp32; head_dim 16, 32, 64, 96 or 128.
+Status shadow_gram(const ShadowGram& params, const ParallelFor& parallel_for);
+Status shadow_landmarks(const ShadowLandmarks& params, const ParallelFor& parallel_for);
+Status shadow_outliers(const ShadowOutliers& params, const ParallelFor& parallel_for);
+Status shadow_select(const ShadowSelect& params, const ParallelFor& parallel_for);
+Status shadow_plan(const ShadowPlan& params, const ParallelFor& parallel_for);
+Status gather_values(const GatherValues& params, const ParallelFor& parallel_for);
+Status lowrank_reconstruct(const LowRankReconstruct& params, const ParallelFor& parallel_for);
+Status shadow_attention(const ShadowAttention& params, const ParallelFor& parallel_for);
+}  // namespace cpu
+
+}  // namespace sparseattn
