@@ -28,6 +28,7 @@ class ShadowKVLayer(CacheLayerMixin):
     def __init__(self, config: Any, options: ShadowOptions, layer: int):
         super().__init__()
         self.config, self.options, self.layer = config, options, layer
+        self.dense_limit = options.dense_limit  # tokens
         self.state: ShadowState | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -61,7 +62,7 @@ class ShadowKVLayer(CacheLayerMixin):
     def _grow_dense(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         keys = torch.cat((self.keys, key_states), dim=2)
         values = torch.cat((self.values, value_states), dim=2)
-        if keys.shape[2] > self.options.dense_limit:
+        if keys.shape[2] > self.dense_limit:
             rope = Rope.of_config(self.config, keys.shape[2])
             self.state = ShadowState(self.options, rope, keys, values)
             self.keys, self.values = keys[:, :, :0].clone(), values[:, :, :0].clone()
