@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from hf_models import SHAPES, fresh, tokens, transformers
+import torch.nn.functional as F
+from hf_models import EXACT_PATTERNS, SHAPES, fresh, spread, tokens, transformers
 
 import sparseattn
 from sparseattn import ShadowKVCache
@@ -86,45 +89,131 @@ def test_short_texts_stay_dense_and_exact():
     assert cache.layers[0].state is None and set(cache.memory()) == {"dense"}
 
 
+def small_cache(model, **changes):
+    options = {"rank": 64, "sparse_budget": 64, "outlier_chunks": 2, "local_tokens": 16}
+    return ShadowKVCache(model.config, **(options | changes))
+
+
 @torch.no_grad()
-def test_a_small_budget_reads_only_what_it_selects():
-    """Values and factor rows of chunks that are not selected may be NaN."""
-    model = sparseattn.hf.enable(fresh("llama"))
-    cache = ShadowKVCache(
-        model.config, rank=32, sparse_budget=64, outlier_chunks=2, local_tokens=16
+@pytest.mark.parametrize("shape", ["llama", "glm-2kv"])
+def test_what_is_not_selected_is_not_read(shape):
+    """Factor, values and landmarks' chunks that a step does not select may be NaN."""
+    model = sparseattn.hf.enable(fresh(shape))
+    cache = small_cache(model)
+    model(tokens(1, 640), past_key_values=cache)
+    model(tokens(1, 1, 1), past_key_values=cache)
+    state, heads = cache.layers[0].state, model.config.num_attention_heads
+    query = torch.randn(1, heads, 1, 128, generator=torch.Generator().manual_seed(2))
+    expected = state.attend(query, None)
+    selected = torch.ops.sparseattn.shadow_select(
+        query,
+        state.landmarks.rows,
+        top_k=state.options.top_k,
+        excluded=state.excluded.rows[..., 0].contiguous(),
     )
-    ids = tokens(1, 640)
-    model(ids, past_key_values=cache)
+    used = torch.zeros(state.chunks, dtype=torch.bool)
+    used[selected.flatten().long()] = True
+    assert 0 < used.sum() < state.chunks // 2
+    chunk = state.options.chunk
+    state.factor.rows.view(1, 1, state.chunks, chunk, -1)[:, :, ~used] = torch.nan
+    for head in range(selected.shape[1]):
+        chosen = torch.zeros(state.chunks, dtype=torch.bool)
+        chosen[selected[0, head].long()] = True
+        state.store.rows[0, head, ~chosen] = torch.nan
+        held = state.slot_chunk[0, head].long()
+        state.slots[0, head, (held < 0) | ~chosen[held.clamp(min=0)]] = torch.nan
+    assert torch.equal(state.attend(query, None), expected)
+
+
+@torch.no_grad()
+def test_a_small_budget_finds_the_needles():
+    """Chunks of keys along the query hold nearly all mass: a small budget is nearly dense."""
+    config = fresh("llama").config
+    config._attn_implementation = "sparseattn"
+    cache = ShadowKVCache(config, rank=128, sparse_budget=64, outlier_chunks=2, local_tokens=16)
+    layer, gen = cache.layers[0], torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, 1, 128, generator=gen)
+    keys, values = torch.randn(2, 1, 1, 1000, 128, generator=gen)
+    for head, first in enumerate([200, 416, 600, 808]):  # a whole chunk for each query head
+        keys[0, 0, first : first + 8] += 1.2 * query[0, head]
+    layer.update(keys, values)
+    new = torch.randn(2, 1, 1, 1, 128, generator=gen)
+    layer.update(*new)
+    keys, values = torch.cat((keys, new[0]), 2), torch.cat((values, new[1]), 2)
+    expected = F.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+    got = layer.attend(query, None)
+    assert (got - expected).norm() < 0.05 * expected.norm()
+    assert not torch.allclose(got, expected, atol=1e-5)
+
+
+def test_sparse_prefill_and_shadow_decode_together():
+    """Patterns that cover everything, full rank and budget: nothing changes."""
+    model, plain = fresh("glm-4kv"), fresh("glm-4kv")
+    sparseattn.hf.enable(model, patterns=spread(EXACT_PATTERNS, model), min_length=0)
+    cache, dense = full_cache(model), dense_of(plain)
+    ids = tokens(1, 300)
+    for turn in range(2):
+        got, expected = generate(model, ids, 30, cache), generate(plain, ids, 30, dense)
+        assert torch.equal(got, expected), f"turn {turn}"
+        ids = torch.cat((got, tokens(1, 100, seed=turn + 1)), dim=1)
+
+
+@torch.no_grad()
+def test_thousands_of_generated_tokens():
+    """Memory grows by the compressed size of a token, and the tail stays short."""
+    config = fresh("llama").config
+    config._attn_implementation = "sparseattn"
+    cache = ShadowKVCache(config, rank=32, sparse_budget=64, outlier_chunks=2, local_tokens=16)
+    layer = cache.layers[0]
+    gen = torch.Generator().manual_seed(0)
+
+    def rows(count):
+        return torch.randn(1, 1, count, 128, generator=gen)
+
+    layer.update(rows(512), rows(512))
+    sizes = []
+    for step in range(4096):
+        keys, _ = layer.update(rows(1), rows(1))
+        assert keys.shape[2] == 1
+        out = layer.attend(rows(4).view(1, 4, 1, 128), None)
+        if step % 1024 == 1023:
+            assert out.isfinite().all()
+            sizes.append(sum(cache.memory().values()))
+    assert layer.get_seq_length() == 512 + 4096
+    assert layer.state.keys.length <= layer.state.first + 16 + 64 + 8
+    growth = [b - a for a, b in itertools.pairwise(sizes)]
+    per_token = (32 + 128 + 128 / 8 + 1) * 4  # factor, value, a part of a landmark
+    assert max(growth) < 1.5 * 1024 * per_token
+
+
+@torch.no_grad()
+def test_running_out_of_memory_leaves_the_cache_usable(monkeypatch):
+    model = sparseattn.hf.enable(fresh("llama"))
+    cache, other = small_cache(model), small_cache(model)
+    ids = tokens(1, 400)
+    model(ids, past_key_values=cache), model(ids, past_key_values=other)
     state = cache.layers[0].state
-    seen = []
-    attention = torch.ops.sparseattn.shadow_attention
+    before = state.length, state.chunks
 
-    def step(seed):
-        return model(tokens(1, 1, seed), past_key_values=cache).logits
+    def refuse(*shape, **options):
+        raise RuntimeError("out of memory")
 
-    step(1)
-    held = state.slot_chunk[0, 0]
-    kept = held[held >= 0].unique()
-    assert 0 < len(kept) <= 12  # three halves of eight chunks
-    assert attention is not None and not seen
-    free = torch.ones(state.chunks, dtype=torch.bool)
-    free[kept.long()] = False
-    before = state.store.data.clone()
-    state.store.data[0, :, : state.chunks][:, free] = torch.nan
-    out = state.attend(torch.zeros(1, 4, 1, 128), None)
-    chosen = state.slot_chunk[0, 0]
-    if not bool(free[chosen[chosen >= 0].long()].any()):
-        assert out.isfinite().all()
-    state.store.data = before
+    more = tokens(1, 300, 1)
+    keys = torch.randn(1, 1, 3000, 128)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", refuse)
+        with pytest.raises(MemoryError, match=r"exact keys needs [0-9.]+ MiB of memory of cpu"):
+            state.append(keys, keys)
+    assert (state.length, state.chunks) == before
+    got = model(more, past_key_values=cache).logits
+    assert torch.equal(got, model(more, past_key_values=other).logits)
 
 
 @torch.no_grad()
 def test_memory_and_growth():
     """Compressed, a text takes a part of the dense bytes, and generated tokens become chunks."""
     model = sparseattn.hf.enable(fresh("glm-4kv"))
-    cache = ShadowKVCache(
-        model.config, rank=64, sparse_budget=64, outlier_chunks=2, local_tokens=16
-    )
+    cache = small_cache(model)
     ids = tokens(1, 1024)
     out = generate(model, ids, 300, cache)
     assert out.shape[1] == 1324

@@ -1,9 +1,10 @@
-"""Dense against sparse prefill of a GLM-4 model on a real text.
+"""Dense against sparse prefill of a GLM-4 model on a real text, then generation with ShadowKV.
 
 A GLM-4 model with random weights is built on the spot and reads a text. For every layer and head
 the demo tells how much of dense attention a pattern visits (density), how much attention mass that
 keeps, how far the output is from the dense one, and how long both take; then the whole prefill,
-dense and sparse. It prints tables and writes report.json and patterns.png.
+dense and sparse, and some generated tokens, with a dense cache and with a ShadowKVCache. It prints
+tables and writes report.json and patterns.png.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Any]]:
     import torch
     from tqdm import tqdm
 
-    from sparseattn import demo_model
+    from sparseattn import demo_decode, demo_model
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: expected cpu, got cuda (torch finds no GPU)")
@@ -89,14 +90,17 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Any]]:
     tokens = _token_count(args.tokens, sizes.pop("tokens"), len(text) + 2, source)
     patterns = _patterns(args, sizes, tokens)
 
-    # model, every layer, exactness, the dense and the sparse prefill
-    steps = tqdm(total=sizes["layers"] + 4, desc="building the model", file=sys.stderr)
+    # model, every layer, exactness, the dense and the sparse prefill, generation
+    steps = tqdm(total=sizes["layers"] + 5, desc="building the model", file=sys.stderr)
     with steps, torch.inference_mode():
         model = demo_model.build_model(**sizes, tokens=tokens, device=device, seed=args.seed)
         ids = demo_model.byte_tokens(text, tokens, device)
         steps.update()
         layers, pictures, exact = _measure_layers(model, ids, patterns, steps)
         prefill = _measure_prefill(model, ids, patterns, steps)
+        steps.set_description("generation")
+        decode = demo_decode.measure_decode(model, ids, patterns) if _decodes(device) else None
+        steps.update()
     report = {
         "model": {
             "architecture": "GlmForCausalLM",
@@ -114,8 +118,14 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Any]]:
         "covering_patterns_error": exact,
         "layers": layers,
         "prefill": prefill,
+        "decode": decode,
     }
     return report, pictures
+
+
+def _decodes(device: Any) -> bool:
+    """Whether the decode operators run on the device."""
+    return device.type == "cpu"
 
 
 def _token_count(wanted: int | None, default: int, available: int, source: str) -> int:
@@ -200,6 +210,7 @@ def _measure_prefill(model: Any, ids: Any, patterns: list[Any], steps: Any) -> d
 
 def render(report: dict[str, Any]) -> str:
     """The report as text."""
+    from sparseattn import demo_decode
     from sparseattn.demo_model import WEIGHTS_NOTE
 
     model, prefill = report["model"], report["prefill"]
@@ -235,6 +246,7 @@ def render(report: dict[str, Any]) -> str:
         f"logits off by {prefill['logits_error']:.3f}",
         f"Patterns that cover everything differ from dense attention by "
         f"{report['covering_patterns_error']:.1e} (rounding in {report['dtype']})",
+        *demo_decode.lines(report["decode"]),
     ]
     return "\n".join(lines)
 

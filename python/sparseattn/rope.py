@@ -46,7 +46,7 @@ class Rope:
         return cls(inv_freq.float(), interleaved, float(scale))
 
     def undo(self, x: Tensor, first: int) -> Tensor:
-        """fp32 ``[..., rows, D]`` before the embedding, of rows at positions first, first + 1, ..."""
+        """fp32 ``[..., rows, D]`` before the embedding, of rows at positions from first on."""
         x = x.float()
         half = self.inv_freq.numel()
         positions = torch.arange(first, first + x.shape[-2], device=x.device).float()

@@ -1,10 +1,11 @@
 """One layer of a ShadowKVCache: what of the keys and values is kept where, and how it grows.
 
-Tokens ``[0, compressed)`` are chunks: a low-rank factor of their keys before RoPE, a landmark each,
-and their values in the store. A few of them, the outliers and sinks, are also kept exactly, in the
-first rows of the exact buffer; landmarks of these are never selected. Tokens from ``compressed`` on,
-the tail, are the rest of that buffer. Generated and appended tokens join the tail, and its oldest
-tokens become chunks when it is long: so memory grows by the compressed size, without a limit.
+Tokens ``[0, compressed)`` are chunks: a low-rank factor of their keys before RoPE, a landmark
+each, and their values in the store. A few of them, the outliers and sinks, are also kept exactly,
+in the first rows of the exact buffer; landmarks of these are never selected. Tokens from
+``compressed`` on, the tail, are the rest of that buffer. Generated and appended tokens join the
+tail, and its oldest tokens become chunks when it is long: so memory grows by the compressed size,
+without a limit.
 
 All sequences of a batch have the same length. Short texts are kept as they are ("dense").
 """
@@ -25,10 +26,10 @@ _ops = torch.ops.sparseattn
 
 @dataclass(frozen=True)
 class ShadowOptions:
-    """What the layers of a cache share; sizes in tokens, chunks or dimensions as their names say."""
+    """What the layers of a cache share."""
 
     rank: int
-    chunk: int
+    chunk: int  # tokens
     top_k: int  # chunks
     outliers: int  # chunks
     sinks: int  # chunks
@@ -73,7 +74,7 @@ class _Rows:
     def reserve(self, length: int, like: Tensor) -> None:
         if length <= self.data.shape[2]:
             return
-        room = length + length // 8 + 64
+        room = length + length // 32 + 64
         shape = (*self.data.shape[:2], room, self.data.shape[3])
         grown = _allocate(self.what, shape, like, host=self.host)
         grown[:, :, : self.length] = self.rows
@@ -187,7 +188,7 @@ class ShadowState:
     def _keep_exact(self, keys: Tensor, values: Tensor, cosine: Tensor, compressed: int) -> None:
         """The exact buffer: rows of outliers and sinks, then the tail."""
         options = self.options
-        batch, heads, _, dim = keys.shape
+        dim = keys.shape[3]
         count = min(options.outliers + options.sinks, self.chunks)
         sinks = min(options.sinks, self.chunks)
         self.outliers = _ops.shadow_outliers(cosine, count=count, sink_chunks=sinks)
