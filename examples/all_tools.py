@@ -13,7 +13,7 @@ asks for questions until the input ends. The model may call
 * functions of your own, from ``--functions FILE.py``, marked with ``glm4_tools.function``.
 
 The document is prefilled once; questions, the model's turns and the tools' results are appended to
-the same cache, ``sparseattn.ShadowKVCache`` where this sparseattn has it.
+the same cache, ``sparseattn.ShadowKVCache`` where it runs on the model's device.
 """
 
 from __future__ import annotations
@@ -103,17 +103,16 @@ def make_cache(model: Any, options: argparse.Namespace) -> Any:
     """An empty cache for the model, which is enabled for sparse attention where that is needed."""
     from transformers import DynamicCache
 
-    shadow = getattr(sparseattn, "ShadowKVCache", None)
-    if shadow is None and options.cache == "shadowkv":
-        raise ValueError("--cache shadowkv: this sparseattn has no ShadowKVCache")
-    use_shadow = shadow is not None and options.cache != "dynamic"
+    there = model.device.type in sparseattn.SHADOW_DEVICES
+    use_shadow = options.cache == "shadowkv" or (options.cache == "auto" and there)
     if options.patterns or use_shadow:
         sparseattn.hf.enable(model, patterns=options.patterns, min_length=options.min_length)
     if use_shadow:
         sizes = {"rank": options.rank, "sparse_budget": options.sparse_budget}
         print("cache: sparseattn's ShadowKVCache")
-        return shadow(model.config, **{k: v for k, v in sizes.items() if v is not None})
-    why = "as asked for" if shadow is not None else "this sparseattn has no ShadowKVCache"
+        given = {name: size for name, size in sizes.items() if size is not None}
+        return sparseattn.ShadowKVCache(model.config, **given)
+    why = "as asked for" if there else f"ShadowKVCache does not run on {model.device.type} yet"
     print(f"cache: transformers' DynamicCache, all keys and values on the device ({why})")
     return DynamicCache(config=model.config)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 
@@ -19,6 +20,7 @@ from glm4_tools import (
 )
 from hf_models import SHAPES, SPARSE_PATTERNS, cached_model, fresh, spread, transformers
 
+import sparseattn
 from sparseattn import hf
 from sparseattn.patterns import AShape
 
@@ -72,10 +74,21 @@ def close(got, wanted):
     torch.testing.assert_close(got, wanted, atol=2e-4, rtol=2e-4)
 
 
+def full_shadow_cache(model):
+    """With a rank and a budget that hold everything, compressed from 100 tokens on."""
+    cache = sparseattn.ShadowKVCache(model.config, rank=1024, outlier_chunks=3, local_tokens=16)
+    for layer in cache.layers:
+        layer.dense_limit = 100
+    return cache
+
+
 @pytest.mark.parametrize("chunk", [None, 7])
-def test_appended_turns_equal_one_shot(model, chunk):
+@pytest.mark.parametrize("make", [new_cache, full_shadow_cache], ids=["dynamic", "shadow"])
+def test_appended_turns_equal_one_shot(model, make, chunk):
     """Document, then three turns of some appended and some generated tokens."""
-    script, cache = Script(), new_cache(model)
+    if make is full_shadow_cache:
+        model = hf.enable(copy.deepcopy(model))
+    script, cache = Script(), make(model)
     session = Session(model, cache, sample=script, prefill_chunk=chunk)
     session.append(ids_of("A document. " * 20))
     session.prefill()
@@ -311,22 +324,15 @@ def test_control_characters_are_not_printed(program, capsys):
     assert out.endswith("   ... 9 lines more\n")
 
 
-def test_shadow_cache_where_there_is_one(program, monkeypatch, capsys):
-    model, made = fresh("glm-2kv"), []
-
-    def shadow(config, **sizes):
-        made.append((config, sizes))
-        return transformers.DynamicCache(config=config)
-
-    parse = ["m", "--document", "d", "--rank", "64"]
-    monkeypatch.setattr("sparseattn.ShadowKVCache", shadow, raising=False)
-    program.make_cache(model, program.arguments(parse))
-    assert made == [(model.config, {"rank": 64})]
+def test_which_cache(program, monkeypatch, capsys):
+    model, parse = fresh("glm-2kv"), ["m", "--document", "d", "--rank", "64"]
+    cache = program.make_cache(model, program.arguments(parse))
+    assert isinstance(cache, sparseattn.ShadowKVCache) and cache.options.rank == 64
     assert model.config._attn_implementation == "sparseattn"
-    program.make_cache(model, program.arguments([*parse, "--cache", "dynamic"]))
-    assert len(made) == 1
-    monkeypatch.delattr("sparseattn.ShadowKVCache")
-    program.make_cache(model, program.arguments(parse))
-    assert "this sparseattn has no ShadowKVCache" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="has no ShadowKVCache"):
-        program.make_cache(model, program.arguments([*parse, "--cache", "shadowkv"]))
+    cache = program.make_cache(model, program.arguments([*parse, "--cache", "dynamic"]))
+    assert isinstance(cache, transformers.DynamicCache)
+    monkeypatch.setattr("sparseattn.SHADOW_DEVICES", ())
+    assert isinstance(
+        program.make_cache(model, program.arguments(parse)), transformers.DynamicCache
+    )
+    assert "ShadowKVCache does not run on cpu yet" in capsys.readouterr().out

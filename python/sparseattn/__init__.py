@@ -22,12 +22,14 @@ __version__: str = _build_info()["version"]
 # Loaded on first use: they need more than torch, or more time.
 _LAZY = {
     "PatternConfig": ("config", "PatternConfig"),
+    "SHADOW_DEVICES": ("shadow_layer", "DEVICES"),
     "ShadowKVCache": ("shadow_cache", "ShadowKVCache"),
     "search_patterns": ("search", "search_patterns"),
 }
 _MODULES = ("config", "hf", "policy", "reference", "search")
 
 __all__ = [
+    "SHADOW_DEVICES",
     "AShape",
     "BlockSparse",
     "Dense",

@@ -20,6 +20,9 @@ from torch import Tensor
 
 from sparseattn.rope import Rope
 
+#: Types of devices that have all operators of a compressed layer.
+DEVICES = ("cpu",)
+
 _SLICE = 8192  # tokens whose fp32 copies exist at a time
 _ops = torch.ops.sparseattn
 
@@ -104,6 +107,11 @@ class ShadowState:
 
     def __init__(self, options: ShadowOptions, rope: Rope, keys: Tensor, values: Tensor):
         """keys (after RoPE) and values ``[B, Hkv, N, D]`` of a whole text."""
+        if keys.device.type not in DEVICES:
+            raise ValueError(
+                f"ShadowKVCache: expected a model on {' or '.join(DEVICES)}, got {keys.device}: "
+                "not all of its operators are there yet"
+            )
         self.options, self.rope = options, rope
         batch, heads, tokens, dim = keys.shape
         chunk = options.chunk
