@@ -24,7 +24,7 @@ _LAZY = {
     "PatternConfig": ("config", "PatternConfig"),
     "search_patterns": ("search", "search_patterns"),
 }
-_MODULES = ("config", "hf", "policy", "reference", "search")
+_MODULES = ("config", "hf", "policy", "reference", "search", "shadow")
 
 __all__ = [
     "AShape",
@@ -42,6 +42,7 @@ __all__ = [
     "policy",
     "reference",
     "search_patterns",
+    "shadow",
     "sparse_attention",
     "vertical_slash_attention",
 ]
