@@ -26,7 +26,7 @@ _LAZY = {
     "ShadowKVCache": ("shadow_cache", "ShadowKVCache"),
     "search_patterns": ("search", "search_patterns"),
 }
-_MODULES = ("config", "hf", "policy", "reference", "search")
+_MODULES = ("config", "hf", "policy", "reference", "search", "shadow")
 
 __all__ = [
     "SHADOW_DEVICES",
@@ -46,6 +46,7 @@ __all__ = [
     "policy",
     "reference",
     "search_patterns",
+    "shadow",
     "sparse_attention",
     "vertical_slash_attention",
 ]

@@ -88,3 +88,77 @@ def _(q, k, *, top_k, block=64, share=None, method="mean", stride=16, q_lens=Non
     batch, heads, q_len, _ = q.shape
     q_blocks, kv_blocks = -(-q_len // block), -(-k.shape[2] // block)
     return q.new_empty((batch, heads, q_blocks, kv_blocks), dtype=torch.bool)
+
+
+# --- ShadowKV -----------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("sparseattn::shadow_gram_")
+def _(k, gram, total, count, *, kv_lens=None):
+    return None
+
+
+@torch.library.register_fake("sparseattn::shadow_landmarks_")
+def _(k, landmarks, min_cosine=None, *, chunk, first_chunk=None, kv_lens=None):
+    return None
+
+
+@torch.library.register_fake("sparseattn::shadow_outliers")
+def _(min_cosine, *, count, sink_chunks=0, num_chunks=None):
+    return min_cosine.new_empty((*min_cosine.shape[:2], count), dtype=torch.int32)
+
+
+@torch.library.register_fake("sparseattn::shadow_select")
+def _(q, landmarks, *, top_k, excluded=None, num_chunks=None, q_lens=None, scale=None):
+    return q.new_empty((*landmarks.shape[:2], top_k), dtype=torch.int32)
+
+
+@torch.library.register_fake("sparseattn::shadow_plan_")
+def _(selected, slot_chunk, last_used):
+    shape = selected.shape
+    return selected.new_empty(shape), selected.new_empty((*shape, 2)), selected.new_empty(shape[:2])
+
+
+@torch.library.register_fake("sparseattn::gather_values_")
+def _(store, values, misses, miss_count):
+    return None
+
+
+@torch.library.register_fake("sparseattn::lowrank_reconstruct")
+def _(
+    selected,
+    factor,
+    basis,
+    mean=None,
+    inv_freq=None,
+    *,
+    chunk,
+    interleaved=False,
+    rope_scale=1.0,
+):
+    batch, kv_heads, _, head_dim = basis.shape
+    return basis.new_empty((batch, kv_heads, selected.shape[2] * chunk, head_dim))
+
+
+@torch.library.register_fake("sparseattn::shadow_attention")
+def _(
+    q,
+    k,
+    v,
+    selected,
+    slot_of,
+    values,
+    factor,
+    basis,
+    mean=None,
+    inv_freq=None,
+    *,
+    interleaved=False,
+    rope_scale=1.0,
+    scale=None,
+    return_lse=False,
+    q_lens=None,
+    exact_lens=None,
+    exact_starts=None,
+):
+    return _attention_fake(q, return_lse)

@@ -27,6 +27,19 @@ from sparseattn.patterns import (
     VerticalSlash,
     options_of,
 )
+from sparseattn.reference_shadow import (  # noqa: F401  (names of this module)
+    lowrank_keys,
+    lowrank_reconstruct,
+    rope,
+    shadow_attention,
+    shadow_factor,
+    shadow_gram,
+    shadow_landmarks,
+    shadow_outliers,
+    shadow_plan,
+    shadow_scores,
+    shadow_select,
+)
 
 TILE = 64  # query rows that share the cover of an offset
 _CHUNK = 1 << 24  # score elements held at once
