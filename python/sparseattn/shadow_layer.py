@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseattn import shadow
 from sparseattn.rope import Rope
 
 #: Types of devices that have all operators of a compressed layer.
 DEVICES = ("cpu",)
 
 _SLICE = 8192  # tokens whose fp32 copies exist at a time
-_ops = torch.ops.sparseattn
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,7 @@ class ShadowState:
     # --- compression ---------------------------------------------------------------------------
 
     def _find_basis(self, keys: Tensor) -> None:
-        """basis [B, Hkv, rank, D] and mean [B, Hkv, D]: the eigenvectors of the largest eigenvalues
-        of the keys' covariance, heads side by side (arXiv 2410.21465, section 4.1)."""
+        """basis [B, Hkv, rank, D] and mean [B, Hkv, D] of the keys before RoPE."""
         batch, heads, tokens, dim = keys.shape
         width = heads * dim
         rank = min(self.options.rank, width)
@@ -144,20 +143,15 @@ class ShadowState:
         counted = torch.zeros(batch, dtype=torch.int64, device=keys.device)
         for first in range(0, tokens, _SLICE):
             part = self.rope.undo(keys[:, :, first : first + _SLICE], first).to(keys.dtype)
-            _ops.shadow_gram_(part, gram, total, counted)
-        mean = total / tokens
-        covariance = gram / tokens - mean[:, :, None] * mean[:, None, :]
-        vectors = torch.linalg.eigh(covariance).eigenvectors[:, :, -rank:].flip(-1)
-        self.vectors = vectors.float()
-        self.flat_mean = mean.float()
-        self.mean = self.flat_mean.view(batch, heads, dim)
-        basis = self.vectors.view(batch, heads, dim, rank).transpose(2, 3)
-        self.basis = basis.to(keys.dtype).contiguous()
+            shadow.shadow_gram_(part, gram, total, counted)
+        self.basis, self.mean = shadow.shadow_basis(
+            gram, total, counted, rank=rank, kv_heads=heads, dtype=keys.dtype
+        )
 
     def _factor_of(self, keys: Tensor, first: int) -> Tensor:
         """Rows [B, 1, n, rank] of the factor for keys after RoPE."""
-        rows = self.rope.undo(keys, first).transpose(1, 2).flatten(2)
-        return ((rows - self.flat_mean[:, None]) @ self.vectors).to(keys.dtype)[:, None]
+        rows = self.rope.undo(keys, first)
+        return shadow.shadow_project(rows, self.basis, self.mean)[:, None]
 
     def _add_chunks(self, keys: Tensor, values: Tensor) -> Tensor:
         """Appends whole chunks of tokens, the next ones; returns their smallest cosines."""
@@ -166,7 +160,7 @@ class ShadowState:
         first, count = self.chunks * chunk, tokens // chunk
         landmarks = torch.empty(batch, heads, count, dim, dtype=keys.dtype, device=keys.device)
         cosine = torch.empty(batch, heads, count, dtype=torch.float32, device=keys.device)
-        _ops.shadow_landmarks_(keys, landmarks, cosine, chunk=chunk)
+        shadow.shadow_landmarks_(keys, landmarks, cosine, chunk=chunk)
         stored = values.reshape(batch, heads, count, chunk * dim)
         parts = [
             self._factor_of(keys[:, :, at : at + _SLICE], first + at)
@@ -196,22 +190,18 @@ class ShadowState:
     def _keep_exact(self, keys: Tensor, values: Tensor, cosine: Tensor, compressed: int) -> None:
         """The exact buffer: rows of outliers and sinks, then the tail."""
         options = self.options
-        dim = keys.shape[3]
         count = min(options.outliers + options.sinks, self.chunks)
         sinks = min(options.sinks, self.chunks)
-        self.outliers = _ops.shadow_outliers(cosine, count=count, sink_chunks=sinks)
-        ids = self.outliers.long()
-        self.excluded.data.scatter_(2, ids[..., None], True)
-        tokens = (ids[..., None] * options.chunk).add(
-            torch.arange(options.chunk, device=keys.device)
-        )
-        index = tokens.flatten(2)[..., None].expand(-1, -1, -1, dim)
+        self.outliers = shadow.shadow_outliers(cosine, count=count, sink_chunks=sinks)
+        self.excluded.rows[..., 0] = shadow.chunk_mask(self.outliers, self.chunks)
         self.first = count * options.chunk  # row of the tail's first token
-        tail = slice(compressed, None)
-        self.keys = _Rows("exact keys", torch.cat((keys.gather(2, index), keys[:, :, tail]), 2))
-        self.values = _Rows(
-            "exact values", torch.cat((values.gather(2, index), values[:, :, tail]), 2)
-        )
+
+        def exact(x: Tensor) -> Tensor:
+            rows = shadow.chunk_rows(x, self.outliers, chunk=options.chunk)
+            return torch.cat((rows, x[:, :, compressed:]), dim=2)
+
+        self.keys = _Rows("exact keys", exact(keys))
+        self.values = _Rows("exact values", exact(values))
 
     # --- growth --------------------------------------------------------------------------------
 
@@ -251,7 +241,7 @@ class ShadowState:
         batch, heads, _, dim = self.keys.data.shape
         place = self.keys.data.device
         ids = torch.arange(self.chunks, dtype=torch.int32, device=place)
-        keys = _ops.lowrank_reconstruct(
+        keys = shadow.lowrank_reconstruct(
             ids.expand(batch, heads, -1).contiguous(),
             self.factor.rows[:, 0],
             self.basis,
@@ -277,15 +267,15 @@ class ShadowState:
         options = self.options
         top_k = min(options.top_k, self.chunks)
         excluded = self.excluded.rows[..., 0].contiguous()
-        selected = _ops.shadow_select(
+        selected = shadow.shadow_select(
             query, self.landmarks.rows, top_k=top_k, excluded=excluded, scale=scale
         )
-        slot_of, misses, miss_count = _ops.shadow_plan_(selected, self.slot_chunk, self.last_used)
-        _ops.gather_values_(self.store.rows, self.slots, misses, miss_count)
+        slot_of, misses, miss_count = shadow.shadow_plan_(selected, self.slot_chunk, self.last_used)
+        shadow.gather_values_(self.store.rows, self.slots, misses, miss_count)
         missed = miss_count.sum()
         self.misses += missed
         self.hits += (selected >= 0).sum() - missed
-        out, _ = _ops.shadow_attention(
+        return shadow.shadow_attention(
             query,
             self.keys.rows,
             self.values.rows,
@@ -300,7 +290,6 @@ class ShadowState:
             rope_scale=self.rope.scale,
             scale=scale,
         )
-        return out
 
     def select(self, index: Tensor) -> None:
         """Keeps, repeats or reorders sequences of the batch."""
@@ -314,8 +303,6 @@ class ShadowState:
         ):
             rows.select(index)
         for name in (
-            "vectors",
-            "flat_mean",
             "mean",
             "basis",
             "outliers",
@@ -330,7 +317,7 @@ class ShadowState:
         """Bytes by part; ``host_values`` are in (pinned) host memory."""
         store = "host_values" if self.host else "store_values"
         parts: dict[str, Any] = {
-            "factor": (self.factor.data, self.basis, self.mean, self.vectors, self.flat_mean),
+            "factor": (self.factor.data, self.basis, self.mean),
             "landmarks": (self.landmarks.data, self.excluded.data),
             "exact": (self.keys.data, self.values.data),
             store: (self.store.data,),
