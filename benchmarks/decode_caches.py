@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from decode_inputs import DTYPE, HostMemory, free_memory
+from decode_inputs import DTYPE, HostMemory
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -226,8 +226,20 @@ def filled(
         layer.update(*random_keys(config, tokens, device, seed + number))
         if layer.state is None:
             raise ValueError(f"tokens: expected more than {layer.dense_limit}, got {tokens}")
-        free_memory(device)
+        empty_cache(device)
     return cache
+
+
+def empty_cache(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def empty_host_cache() -> None:
+    """Gives back the pinned memory that torch's allocator keeps, where this torch can."""
+    empty = getattr(torch._C, "_host_emptyCache", None)
+    if empty is not None and torch.cuda.is_available():
+        empty()
 
 
 class Stores:
@@ -235,24 +247,38 @@ class Stores:
     ("own"), or one for all of them ("shared"), where host memory does not hold the model's."""
 
     def __init__(self, cache: ShadowKVCache, mode: str, device: torch.device, limit: float) -> None:
-        self.cache, self.mode, self.device = cache, mode, device
-        count = len(cache.layers) if mode == "own" else 1
-        self.limit = limit
+        """limit: bytes that all of them may take."""
+        self.layers, self.limit = len(cache.layers), limit
+        count = self.layers if mode == "own" else 1
         self.memories = [HostMemory(device) for _ in range(count)]
+        self.filled = [0] * count  # sequences
         self.first = cache.layers[0].state.store.data.clone()  # of one sequence, for all layers
+        for layer in cache.layers:
+            layer.state.store.data = self.first
+        empty_host_cache()
 
     def bytes_of(self, batch: int) -> int:
         """What the stores of all layers take for a batch."""
-        return self.first.nbytes * batch * len(self.cache.layers)
+        return self.first.nbytes * batch * self.layers
 
-    def fits(self, batch: int) -> bool:
-        return self.bytes_of(batch) / len(self.cache.layers) * len(self.memories) <= self.limit
+    def reserved(self, batch: int) -> bool:
+        """Takes the memory for a batch; False, and takes none, if it cannot be had."""
+        if batch > 0 and self.bytes_of(batch) / self.layers * len(self.memories) > self.limit:
+            return False
+        try:
+            for memory in self.memories:
+                memory.tensor((batch, *self.first.shape[1:]))
+        except (MemoryError, RuntimeError):
+            self.free()
+            return False
+        return True
 
     def lend(self, number: int, batch: int) -> Tensor:
-        memory = self.memories[number % len(self.memories)]
-        data = memory.tensor((batch, *self.first.shape[1:]))
-        if number < len(self.memories):
-            data.copy_(self.first.expand(data.shape))
+        place = number % len(self.memories)
+        data = self.memories[place].tensor((batch, *self.first.shape[1:]))
+        missing = data[self.filled[place] :]
+        missing.copy_(self.first.expand(missing.shape))
+        self.filled[place] = max(batch, self.filled[place])
         return data
 
     @property
@@ -288,7 +314,7 @@ def repeat(cache: ShadowKVCache, batch: int, stores: Stores | None, device: torc
             finally:
                 state.store = store
             store.data = stores.lend(number, batch)
-        free_memory(device)
+        empty_cache(device)
 
 
 def graph_cache(cache: ShadowKVCache, clock: Clock, steps: int) -> Cache:

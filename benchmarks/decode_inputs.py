@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -157,15 +158,29 @@ def free_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def host_limit() -> float:
+    """Three quarters of the host memory that this process can have; containers have a limit."""
+    free = available_memory()
+    group = Path("/sys/fs/cgroup")
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            free = min(free, int((group / limit).read_text()) - int((group / used).read_text()))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return 0.75 * free
+
+
 class HostMemory:
     """One piece of pinned memory (plain on the CPU), lent to one user after the other.
 
     Registered, not taken from torch's allocator, which rounds up to a power of two.
     """
 
-    def __init__(self, device: torch.device, limit: float = float("inf")) -> None:
-        """``limit``: bytes that may be taken."""
-        self.device, self.limit = device, limit
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._data: Tensor | None = None
 
     @property
@@ -175,13 +190,13 @@ class HostMemory:
     def tensor(self, shape: Sequence[int]) -> Tensor:
         """DTYPE, uninitialised, over the same memory as the tensors lent before.
 
-        MemoryError if more than three quarters of what is available would be taken.
+        MemoryError if it takes more than ``host_limit()``.
         """
         count = math.prod(shape)
         if self._data is None or self._data.numel() < count:
             self.free()
             needed = count * DTYPE.itemsize
-            if needed > min(self.limit, 0.75 * available_memory()):
+            if needed > host_limit():
                 raise MemoryError(f"{needed / 2**30:.1f} GiB of host memory are needed")
             data = torch.zeros(count, dtype=DTYPE)  # touches every page
             if self.device.type == "cuda":
