@@ -32,7 +32,7 @@ def title(record: Record) -> str:
 
 def decode_step(record: Record) -> Figure:
     """A panel for each shape and length: parts of a step as stacked bars, the step and the fastest
-    dense attention as marks. Of CUDA graphs where the record has any."""
+    dense attention as marks; times over the batch. Of CUDA graphs where the record has any."""
     rows = [row for row in record["results"] if "ms" in row]
     rows = [row for row in rows if not row["case"].startswith("compress")]
     mode = "graph" if any(row["mode"] == "graph" for row in rows) else "eager"
@@ -51,7 +51,7 @@ def decode_step(record: Record) -> Figure:
             own = [row for row in rows if row["shape"] == shape and row["tokens"] == tokens]
             _steps(axis, own)
             axis.set_title(f"{shape}, {tokens} tokens", fontsize=9)
-        line[0].set_ylabel(f"ms of one layer ({mode}, log scale)")
+        line[0].set_ylabel(f"ms of one layer a sequence ({mode})")
     handles = {
         label: handle
         for axis in grid.flat
@@ -71,7 +71,7 @@ def _steps(axis: Axes, rows: list[Record]) -> None:
     batches = sorted({row["batch"] for row in rows})
     width = 0.8 / len(STACKS)
     for place, batch in enumerate(batches):
-        times = {row["case"]: row["ms"] for row in rows if row["batch"] == batch}
+        times = {row["case"]: row["ms"] / batch for row in rows if row["batch"] == batch}
         for number, (parts, whole) in enumerate(STACKS.values()):
             left, height = place + (number - 1) * width, 0.0
             for part in parts:
@@ -88,7 +88,6 @@ def _steps(axis: Axes, rows: list[Record]) -> None:
             ends = [place - 0.45, place + 0.45]
             axis.plot(ends, [min(dense)] * 2, "k--", linewidth=1, label="dense, the fastest")
     axis.set_xticks(range(len(batches)), [str(batch) for batch in batches])
-    axis.set_yscale("log")
     axis.set_xlabel("batch")
     axis.grid(axis="y", alpha=0.3)
 
