@@ -7,26 +7,21 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
+import decode_plots
 import matplotlib.pyplot as plt
+from decode_plots import title
 from matplotlib.figure import Figure
 
 from sparseattn import bench_plots
 
 Record = dict[str, Any]
-
-
-def title(record: Record) -> str:
-    """Hardware, versions and date."""
-    facts = record["machine"]
-    device = facts.get("gpu", facts["cpu"])
-    return f"{device}, torch {facts['torch']}, commit {facts['commit'][:14]}, {facts['date'][:10]}"
 
 
 def prefill_attention(record: Record) -> Figure:
@@ -128,16 +123,18 @@ PLOTS: dict[str, Callable[[Record], Figure]] = {
     "prefill_attention": prefill_attention,
     "min_length": min_length,
     "cpu_attention": cpu_attention,
+    "decode-step": decode_plots.decode_step,
+    "decode-model": decode_plots.decode_model,
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("records", type=Path, nargs="+", help="JSON files of the benchmarks")
     parser.add_argument("--folder", type=Path, help="where the PNGs go; default: beside the JSON")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     for path in arguments.records:
         record = json.loads(path.read_text())
         name = record.get("benchmark")

@@ -118,26 +118,33 @@ class Timer:
         budget_ms: float = 1000.0,
         least: int = 3,
         most: int = 20,
+        before: Callable[[], object] | None = None,
     ) -> Timing:
         """``warm_up`` untimed calls, then ``least`` to ``most`` timed ones within ``budget_ms``;
-        exactly ``least`` where ``warm_up`` is 0."""
+        exactly ``least`` where ``warm_up`` is 0. ``before`` runs before every call, untimed."""
         repeats = least
         for _ in range(warm_up):
-            guess = self._run(call, 1)[0]
+            guess = self._run(call, 1, before)[0]
             repeats = int(min(most, max(least, budget_ms / max(guess, 1e-3))))
-        times = self._run(call, repeats)
+        times = self._run(call, repeats, before)
         return Timing(statistics.median(times), min(times), max(times), repeats)
 
-    def _run(self, call: Callable[[], object], repeats: int) -> list[float]:
+    def _run(
+        self, call: Callable[[], object], repeats: int, before: Callable[[], object] | None
+    ) -> list[float]:
         if self.device.type != "cuda":
             times = []
             for _ in range(repeats):
+                if before is not None:
+                    before()
                 start = time.perf_counter()
                 call()
                 times.append(1e3 * (time.perf_counter() - start))
             return times
         events = []
         for _ in range(repeats):
+            if before is not None:
+                before()
             if self._flush is not None:
                 self._flush.fill_(1)
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
