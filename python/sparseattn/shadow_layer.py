@@ -113,6 +113,7 @@ class ShadowState:
                 "not all of its operators are there yet"
             )
         self.options, self.rope = options, rope
+        self.inv_freq = rope.inv_freq.to(keys.device)
         batch, heads, tokens, dim = keys.shape
         chunk = options.chunk
         chunks = (tokens - options.local) // chunk
@@ -246,7 +247,7 @@ class ShadowState:
             self.factor.rows[:, 0],
             self.basis,
             self.mean,
-            self.rope.inv_freq.to(place),
+            self.inv_freq,
             chunk=options.chunk,
             interleaved=self.rope.interleaved,
             rope_scale=self.rope.scale,
@@ -285,7 +286,7 @@ class ShadowState:
             self.factor.rows[:, 0],
             self.basis,
             self.mean,
-            self.rope.inv_freq.to(query.device),
+            self.inv_freq,
             interleaved=self.rope.interleaved,
             rope_scale=self.rope.scale,
             scale=scale,
