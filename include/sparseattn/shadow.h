@@ -11,10 +11,13 @@
 // reads it anew. Numbers read there are clamped or dropped, never trusted with an address.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "sparseattn/cpu.h"
 #include "sparseattn/types.h"
+
+struct CUstream_st;  // cudaStream_t points to it
 
 namespace sparseattn {
 
@@ -192,5 +195,20 @@ Status gather_values(const GatherValues& params, const ParallelFor& parallel_for
 Status lowrank_reconstruct(const LowRankReconstruct& params, const ParallelFor& parallel_for);
 Status shadow_attention(const ShadowAttention& params, const ParallelFor& parallel_for);
 }  // namespace cpu
+
+// CUDA, sm_80 and newer: fp16 or bf16, head_dim 64, 96 or 128. Rows of keys, queries, landmarks and
+// values start on 16-byte boundaries. `workspace` is as many bytes of the device as the function
+// beside says for the current device, on a 256-byte boundary; launches that may run at the same
+// time need one each.
+size_t shadow_gram_bytes(const ShadowGram& params);
+Status shadow_gram(const ShadowGram& params, void* workspace, CUstream_st* stream);
+Status shadow_landmarks(const ShadowLandmarks& params, CUstream_st* stream);
+Status shadow_outliers(const ShadowOutliers& params, CUstream_st* stream);
+size_t shadow_select_bytes(const ShadowSelect& params);
+Status shadow_select(const ShadowSelect& params, void* workspace, CUstream_st* stream);
+size_t shadow_plan_bytes(const ShadowPlan& params);
+Status shadow_plan(const ShadowPlan& params, void* workspace, CUstream_st* stream);
+/// The store may be memory of the device, managed, or pinned memory of the host.
+Status gather_values(const GatherValues& params, CUstream_st* stream);
 
 }  // namespace sparseattn
