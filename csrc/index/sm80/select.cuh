@@ -150,10 +150,8 @@ __device__ __forceinline__ void write_selected(int32_t n, int32_t k, const Thres
   equal = cuda::warp_sum(equal);
   int32_t total;
   const int32_t from_lane_0 = lane == 0;
-  int32_t above_before =
-      cuda::team_scan<Team>(from_lane_0 * above, 0, cuda::Add{}, scratch, total);
-  int32_t equal_before =
-      cuda::team_scan<Team>(from_lane_0 * equal, 0, cuda::Add{}, scratch, total);
+  int32_t above_before = cuda::team_scan<Team>(from_lane_0 * above, 0, cuda::Add{}, scratch, total);
+  int32_t equal_before = cuda::team_scan<Team>(from_lane_0 * equal, 0, cuda::Add{}, scratch, total);
   above_before = __shfl_sync(cuda::kFullWarp, above_before, 0);
   equal_before = __shfl_sync(cuda::kFullWarp, equal_before, 0);
 

@@ -48,9 +48,9 @@ __global__ void __launch_bounds__(kLandmarkThreads)
   uint4 rows[kChunk];
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
-    rows[i] = loads ? __ldg(reinterpret_cast<const uint4*>(
-                          keys + (chunk * kChunk + i) * in.k.row_stride))
-                    : make_uint4(0, 0, 0, 0);
+    rows[i] =
+        loads ? __ldg(reinterpret_cast<const uint4*>(keys + (chunk * kChunk + i) * in.k.row_stride))
+              : make_uint4(0, 0, 0, 0);
   }
   float mean[8] = {};
 #pragma unroll
