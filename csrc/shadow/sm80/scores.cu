@@ -50,7 +50,7 @@ struct LandmarkTile {
 
 /// A CTA for each tile of rows, of each split, of each head of [batch, kv_heads].
 template <class Element, int kHeadDim, int kTiles>
-__global__ void __launch_bounds__(kScoreThreads)
+__global__ void __launch_bounds__(kScoreThreads, 2)
     scores_kernel(const __grid_constant__ SelectJob job, int32_t row_tiles) {
   constexpr int kPieces = kHeadDim / 32;
   __shared__ float2 sums[kScoreWarps][8 * kTiles];
