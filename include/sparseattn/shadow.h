@@ -17,7 +17,7 @@
 #include "sparseattn/cpu.h"
 #include "sparseattn/types.h"
 
-struct CUstream_st;  // cudaStream_t points to it
+struct CUstream_st;  // what a cudaStream_t points to
 
 namespace sparseattn {
 

@@ -14,9 +14,10 @@ inline bool is_half(DType dtype) { return dtype == DType::kFloat16 || dtype == D
 inline bool is_head_dim(int32_t dim) { return dim == 64 || dim == 96 || dim == 128; }
 
 /// Whether rows of 16-bit elements start on 16-byte boundaries.
-inline bool is_aligned(const View& view) {
-  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.batch_stride % 8 == 0 &&
-         view.head_stride % 8 == 0 && view.row_stride % 8 == 0;
+inline bool is_aligned(const View& view, int64_t batch, int64_t heads, int64_t rows) {
+  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 &&
+         (batch <= 1 || view.batch_stride % 8 == 0) && (heads <= 1 || view.head_stride % 8 == 0) &&
+         (rows <= 1 || view.row_stride % 8 == 0);
 }
 
 /// An attribute of the current device; `otherwise` where there is none.

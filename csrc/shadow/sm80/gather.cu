@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(kGatherThreads)
     const int64_t head = copy % heads;
     const int32_t i = static_cast<int32_t>(copy / heads);
     if (i >= in.miss_count[head]) continue;
-    const int2 miss = reinterpret_cast<const int2*>(in.misses)[head * in.top_k + i];
-    const int32_t slot = miss.x, chunk = miss.y;
+    const int32_t* miss = in.misses + (head * in.top_k + i) * 2;
+    const int32_t slot = miss[0], chunk = miss[1];
     if (slot < 0 || slot >= in.slots || chunk < 0 || chunk >= in.chunks) continue;
     const int64_t sequence = head / in.kv_heads, kv_head = head % in.kv_heads;
     const auto* from = reinterpret_cast<const uint4*>(
@@ -69,7 +69,8 @@ Status gather_values(const GatherValues& in, cudaStream_t stream) {
   if (in.row_bytes < 0 || in.row_bytes % 16 != 0 || in.row_bytes > INT32_MAX) {
     return {1, "gather_values: row_bytes: expected a multiple of 16 below 2^31"};
   }
-  if (!is_aligned(in.store) || !is_aligned(in.values)) {
+  if (!is_aligned(in.store, in.batch, in.kv_heads, in.chunks) ||
+      !is_aligned(in.values, in.batch, in.kv_heads, in.slots)) {
     return {1, "gather_values: store, values: expected rows that start on 16-byte boundaries"};
   }
   const int64_t copies = static_cast<int64_t>(in.batch) * in.kv_heads * in.top_k;

@@ -365,7 +365,7 @@ inline Status check(const ShadowGram& in) {
   if (in.kv_heads > 16384 / in.head_dim) {
     return {1, "shadow_gram: k: expected kv_heads * head_dim <= 16384"};
   }
-  if (!is_aligned(in.k))
+  if (!is_aligned(in.k, in.batch, in.kv_heads, in.rows))
     return {1, "shadow_gram: k: expected rows that start on 16-byte boundaries"};
   return {};
 }

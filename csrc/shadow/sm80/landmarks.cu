@@ -132,7 +132,8 @@ Status shadow_landmarks(const ShadowLandmarks& in, cudaStream_t stream) {
   if (in.batch < 0 || in.kv_heads < 1 || in.rows < 0 || in.chunks < 0) {
     return {1, "shadow_landmarks: sizes: expected batch, rows, chunks >= 0 and kv_heads >= 1"};
   }
-  if (!is_aligned(in.k) || !is_aligned(in.landmarks)) {
+  if (!is_aligned(in.k, in.batch, in.kv_heads, in.rows) ||
+      !is_aligned(in.landmarks, in.batch, in.kv_heads, in.chunks)) {
     return {1, "shadow_landmarks: k, landmarks: expected rows that start on 16-byte boundaries"};
   }
   return in.dtype == DType::kFloat16 ? launch_chunk<__half>(in, stream)

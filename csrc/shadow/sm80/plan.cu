@@ -164,15 +164,17 @@ __global__ void __launch_bounds__(PlanTeam::kThreads)
   sort_ascending<Team>(s.order, length);
 
   for (int32_t j = rank; j < top_k; j += Team::kThreads) {
-    int2 copy = make_int2(-1, -1);
+    int32_t slot = -1, chunk = -1;
     if (j < count) {
-      const int32_t i = s.missed[j], slot = static_cast<int32_t>(s.order[j] & 0xffffffffu);
-      copy = make_int2(slot, s.selected[i]);
+      const int32_t i = s.missed[j];
+      slot = static_cast<int32_t>(s.order[j] & 0xffffffffu);
+      chunk = s.selected[i];
       slot_of[i] = slot;
-      slot_chunk[slot] = copy.y;
+      slot_chunk[slot] = chunk;
       last_used[slot] = stamp;
     }
-    reinterpret_cast<int2*>(misses)[j] = copy;
+    misses[2 * j] = slot;
+    misses[2 * j + 1] = chunk;
   }
   if (rank == 0) in.miss_count[head] = count;
 }

@@ -66,7 +66,8 @@ Status check(const ShadowSelect& in) {
   if (int64_t{in.q_len} * (in.q_heads / in.kv_heads) > INT32_MAX / 2) {
     return {1, "shadow_select: q: expected less than 2^30 rows of a key/value head"};
   }
-  if (!shadow_sm80::is_aligned(in.q) || !shadow_sm80::is_aligned(in.landmarks)) {
+  if (!shadow_sm80::is_aligned(in.q, in.batch, in.q_heads, in.q_len) ||
+      !shadow_sm80::is_aligned(in.landmarks, in.batch, in.kv_heads, in.chunks)) {
     return {1, "shadow_select: q, landmarks: expected rows that start on 16-byte boundaries"};
   }
   return {};
