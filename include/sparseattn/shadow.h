@@ -11,10 +11,13 @@
 // reads it anew. Numbers read there are clamped or dropped, never trusted with an address.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "sparseattn/cpu.h"
 #include "sparseattn/types.h"
+
+struct CUstream_st;  // what a cudaStream_t points to
 
 namespace sparseattn {
 
@@ -192,5 +195,13 @@ Status gather_values(const GatherValues& params, const ParallelFor& parallel_for
 Status lowrank_reconstruct(const LowRankReconstruct& params, const ParallelFor& parallel_for);
 Status shadow_attention(const ShadowAttention& params, const ParallelFor& parallel_for);
 }  // namespace cpu
+
+// CUDA, from sm_80 on: fp16 or bf16 with sums in fp32; head_dim 64, 96 or 128; rank up to 512. Rows
+// start at multiples of 16 bytes. The stream is a cudaStream_t. Query rows of a key/value head go
+// in blocks of 16, each of which rebuilds the keys for itself: one block at decode, where q_len is
+// 1 and a group has up to 16 heads.
+size_t shadow_attention_bytes(const ShadowAttention& params);
+Status shadow_attention(const ShadowAttention& params, void* workspace, CUstream_st* stream);
+Status lowrank_reconstruct(const LowRankReconstruct& params, CUstream_st* stream);
 
 }  // namespace sparseattn
