@@ -58,9 +58,8 @@ struct TileList {
     if (first_row >= q_rows * call.shape.group()) tiles = 0;
   }
 
-  /// This lane's key of a tile; none past the last one.
+  /// This lane's key of a tile; none past the last one. Chunks do not wait for the lengths.
   __device__ __forceinline__ KeyRef at(int32_t tile) const {
-    if (tile >= tiles) return KeyRef::none();
     const int key = threadIdx.x % kWarpKeys;
     if (tile < chunked) {
       const uint32_t token = tile * kWarpKeys + key;
@@ -72,6 +71,7 @@ struct TileList {
       ref.value = slot * in.keys.chunk + within;
       return ref;
     }
+    if (tile >= tiles) return KeyRef::none();
     const int64_t row = start + int64_t{tile - chunked} * kWarpKeys + key;
     if (row >= length) return KeyRef::none();
     // The last q_rows rows are those of the queries: row length - q_rows + i from query i on.
@@ -289,10 +289,11 @@ __global__ void __launch_bounds__(32 * kMostWarps)
   const int32_t item = unit / job.row_blocks;
   const int32_t sequence = item / in.shape.kv_heads, kv_head = item % in.shape.kv_heads;
 
-  const TileList list(in, sequence, item, first_row);
+  // What depends on nothing is on its way first.
   Rebuilder<kHeadDim, Element> rebuild(in.keys, layout, shared, sequence, kv_head);
-  rebuild.start(in.keys.mean == nullptr ? nullptr : in.keys.mean + int64_t{item} * kHeadDim);
+  rebuild.start();
   load_queries<kHeadDim, Element>(in, layout, shared, sequence, kv_head, first_row);
+  const TileList list(in, sequence, item, first_row);
 
   Element* source = reinterpret_cast<Element*>(shared + layout.source(warp));
   Element* values = reinterpret_cast<Element*>(shared + layout.values(warp));
@@ -324,6 +325,7 @@ __global__ void __launch_bounds__(32 * kMostWarps)
   KeyRef key = list.at(tile);
   copy_source(tile, key);
   copy_values(tile, key);
+  rebuild.load_vectors(item);
   cuda::cp_async_wait<1>();
   __syncthreads();
 

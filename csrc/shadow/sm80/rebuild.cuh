@@ -96,14 +96,16 @@ struct Rebuilder {
         inv_freq(reinterpret_cast<float*>(shared + sizes.inv_freq())),
         columns(low_rank.rope) {}
 
-  /// Starts copying the first piece of the basis, and copies the small vectors. They are there
-  /// after this thread's copies are waited for and a barrier.
-  __device__ void start(const float* mean_row) {
+  /// Starts copying the first piece of the basis.
+  __device__ __forceinline__ void start() const { load_basis(0); }
+
+  /// Copies the small vectors. They and the basis are there after this thread's copies are waited
+  /// for and a barrier.
+  __device__ __forceinline__ void load_vectors(int64_t item) const {
     const int half = keys.rope.rotary_dim / 2;
-    load_basis(0);
     for (int i = threadIdx.x; i < kHeadDim; i += blockDim.x) {
       const int dim = layout.scattered ? scattered_dim(i, half) : i;
-      mean[i] = mean_row == nullptr ? 0.0f : mean_row[dim];
+      mean[i] = keys.mean == nullptr ? 0.0f : keys.mean[item * kHeadDim + dim];
     }
     for (int i = threadIdx.x; i < kHeadDim / 2; i += blockDim.x) {
       inv_freq[i] = i < half ? keys.rope.inv_freq[i] : 0.0f;

@@ -18,7 +18,8 @@ __global__ void __launch_bounds__(32 * kMostWarps)
   const int64_t sequence = item / in.kv_heads, head = item % in.kv_heads;
 
   Rebuilder<kHeadDim, Element> rebuild(in.keys, layout, shared, sequence, head);
-  rebuild.start(in.keys.mean == nullptr ? nullptr : in.keys.mean + item * kHeadDim);
+  rebuild.start();
+  rebuild.load_vectors(item);
   cuda::cp_async_commit();
   cuda::cp_async_wait<0>();
   __syncthreads();

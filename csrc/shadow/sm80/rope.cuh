@@ -36,7 +36,7 @@ struct Columns {
 
 /// Sine and cosine without branches. The angle is brought down by whole turns, then by quarters;
 /// constants are in pieces, and the products with the first pieces are exact. The error is below
-/// 3e-7 up to angles of 2^24, and 1e-5 up to 2^31.
+/// 2e-7 for angles from -2^24 to 2^24, and 1e-5 up to 2^31.
 __device__ __forceinline__ void sin_cos(float angle, float& sine, float& cosine) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const float turns = __fadd_rn(__fmaf_rn(angle, 0.15915494309189535f, kRound), -kRound);
