@@ -10,14 +10,6 @@
 namespace sparseattn::torch_layer {
 namespace {
 
-constexpr int64_t kMostRank = 512;
-
-void check_rank(const LowRankKeys& keys) {
-  if (keys.rank > kMostRank) {
-    value_error("factor: expected a rank of at most ", kMostRank, " on cuda, got ", keys.rank);
-  }
-}
-
 /// The factor [batch, rows, rank] as rows of one head.
 View factor_view(const Tensor& factor) {
   return {factor.data_ptr(), factor.stride(0), 0, factor.stride(1)};
@@ -28,7 +20,6 @@ Tensor lowrank_reconstruct(Tensor selected, Tensor factor, Tensor basis, MaybeTe
                            double rope_scale) {
   ReconstructCall call = reconstruct_arguments(
       support(), selected, {factor, basis, mean, inv_freq, interleaved, rope_scale}, chunk);
-  check_rank(call.params.keys);
   const Launch launch(basis);
   const Tensor rows = aligned(factor), columns = aligned(basis);
   call.params.keys.factor = factor_view(rows);
@@ -48,7 +39,6 @@ std::tuple<Tensor, Tensor> shadow_attention(Tensor q, Tensor k, Tensor v, Tensor
       attention_arguments(support(), q, k, v, selected, slot_of, values,
                           {factor, basis, mean, inv_freq, interleaved, rope_scale}, scale, q_lens,
                           exact_lens, exact_starts);
-  check_rank(params.keys);
   const Launch launch(q);
   const Tensor queries = aligned(q), exact_k = aligned(k), exact_v = aligned(v);
   const Tensor slots = aligned(values), rows = aligned(factor), columns = aligned(basis);

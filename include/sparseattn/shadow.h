@@ -196,10 +196,15 @@ Status lowrank_reconstruct(const LowRankReconstruct& params, const ParallelFor& 
 Status shadow_attention(const ShadowAttention& params, const ParallelFor& parallel_for);
 }  // namespace cpu
 
-// CUDA, from sm_80 on: fp16 or bf16 with sums in fp32; head_dim 64, 96 or 128; rank up to 512. Rows
-// start at multiples of 16 bytes. The stream is a cudaStream_t. Query rows of a key/value head go
-// in blocks of 16, each of which rebuilds the keys for itself: one block at decode, where q_len is
-// 1 and a group has up to 16 heads.
+// CUDA, from sm_80 on: fp16 or bf16 with sums in fp32; head_dim 64, 96 or 128. Rows of what is read
+// and of `out` start at multiples of 16 bytes. A rank whose basis does not fit in shared memory is
+// taken in pieces; up to 2000 or so fits so on every device. The stream is a cudaStream_t.
+//
+// Query rows of a key/value head go in blocks of 16, each of which rebuilds the keys for itself:
+// one block at decode, where q_len is 1 and a group has up to 16 heads. Results of a call are the
+// same bit for bit; those of a sequence may differ in rounding with the batch it is in, as more
+// CTAs share its keys in a small batch. `workspace` is as many bytes of device memory as
+// shadow_attention_bytes says for the current device, on a 256-byte boundary.
 size_t shadow_attention_bytes(const ShadowAttention& params);
 Status shadow_attention(const ShadowAttention& params, void* workspace, CUstream_st* stream);
 Status lowrank_reconstruct(const LowRankReconstruct& params, CUstream_st* stream);
