@@ -19,6 +19,8 @@ namespace shadow_sm80 {
 namespace {
 
 constexpr size_t kAlignment = 256;
+/// No CTA is made for less: a tile for each of a multiprocessor's tensor cores.
+constexpr int64_t kFewestTiles = 4;
 
 struct Device {
   int multiprocessors = 1;
@@ -105,7 +107,7 @@ Status plan_attention(const ShadowAttention& in, void* workspace, AttentionJob* 
   if (units == 0) return {};
   const int64_t tiles = cuda::ceil_div(int64_t{in.top_k} * in.keys.chunk, kWarpKeys) +
                         cuda::ceil_div(shape.kv_len, kWarpKeys);
-  const int64_t most = std::min<int64_t>(kMostSplits, cuda::ceil_div(tiles, job->layout.warps));
+  const int64_t most = std::min<int64_t>(kMostSplits, cuda::ceil_div(tiles, kFewestTiles));
   job->splits = spread(units, most, device.multiprocessors);
   if (!cuda::grid_fits(units * std::max(job->splits, job->rows))) {
     return {1, "shadow_attention: more than 2^31 - 1 CTAs"};
@@ -187,7 +189,7 @@ Status lowrank_reconstruct(const LowRankReconstruct& params, cudaStream_t stream
   const int64_t tokens = int64_t{params.top_k} * params.keys.chunk;
   if (units == 0 || tokens == 0) return {};
   job.ctas =
-      spread(units, cuda::ceil_div(tokens, kWarpKeys * job.layout.warps), device.multiprocessors);
+      spread(units, cuda::ceil_div(tokens, kWarpKeys * kFewestTiles), device.multiprocessors);
   if (!cuda::grid_fits(units * job.ctas))
     return {1, "lowrank_reconstruct: more than 2^31 - 1 CTAs"};
   return dispatch(params.head_dim, params.dtype, [&](auto head_dim, auto element) {
