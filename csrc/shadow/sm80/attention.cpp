@@ -189,7 +189,7 @@ Status lowrank_reconstruct(const LowRankReconstruct& params, cudaStream_t stream
   const int64_t tokens = int64_t{params.top_k} * params.keys.chunk;
   if (units == 0 || tokens == 0) return {};
   job.ctas =
-      spread(units, cuda::ceil_div(tokens, kWarpKeys * kFewestTiles), device.multiprocessors);
+      spread(units, cuda::ceil_div(tokens, kWarpKeys * job.layout.warps), device.multiprocessors);
   if (!cuda::grid_fits(units * job.ctas))
     return {1, "lowrank_reconstruct: more than 2^31 - 1 CTAs"};
   return dispatch(params.head_dim, params.dtype, [&](auto head_dim, auto element) {
