@@ -2,10 +2,8 @@
 //
 // Barriers, with the arrivals that end a phase:
 //   keys_full, values_full   1: the loader, with the bytes of the copy
-//   keys_free                8: every consumer warp; of a pair that it does not own it reads the
-//   word values_free              8: every consumer warp, once it has read the stage; the loader
-//   arrives
-//                            for a consumer that does not own the pair
+//   keys_free                8: every consumer warp, also where it only reads the pair's word
+//   values_free              8: every consumer warp, or the loader for one that owns no box there
 //   query_full / query_free  1: the dealer / 8: every consumer warp, after the tile's last scores
 //   tile_full / tile_free    1: the planner / 11: loaders, dealer and every consumer warp
 //   boxes_full / boxes_free  1: the planner / 1: the dealer
