@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ __all__ = [
     "RUN",
     "SINKS",
     "TILE",
+    "GrowingRecord",
     "Timer",
     "a_shape_pairs",
     "add_record_arguments",
@@ -152,3 +154,48 @@ def write_result(
     kept = {name: x for name, x in arguments.items() if name not in ("output", "json", "commit")}
     bench_tools.write_record(path, benchmark, facts, arguments=kept, **more, results=results)
     return path
+
+
+class GrowingRecord:
+    """A record that is written anew after every row, so that a run cut short leaves what it has.
+
+    ``complete`` in it is false until :meth:`finish`. ``judge`` gives what the record says of its
+    rows beside them.
+    """
+
+    def __init__(
+        self,
+        benchmark: str,
+        facts: dict[str, Any],
+        arguments: argparse.Namespace,
+        judge: Callable[[list[dict[str, Any]]], dict[str, Any]],
+        *,
+        partial: bool,
+        **more: Any,
+    ):
+        """``partial``: not all of the benchmark runs; then a file is written only to ``--output``,
+        as with ``--smoke``."""
+        self.benchmark, self.facts, self.arguments = benchmark, facts, arguments
+        self.judge, self.more = judge, more
+        self.written = bool(arguments.output) or not (arguments.smoke or partial)
+        self.path: Path | None = arguments.output
+
+    def save(self, rows: list[dict[str, Any]], complete: bool = False) -> None:
+        if self.written:
+            self.path = write_result(
+                self.benchmark,
+                self.facts,
+                vars(self.arguments),
+                rows,
+                self.path,
+                complete=complete,
+                **self.judge(rows),
+                **self.more,
+            )
+
+    def finish(self, rows: list[dict[str, Any]]) -> None:
+        self.save(rows, complete=True)
+
+    def say_where(self) -> None:
+        if self.written:
+            print(f"wrote {self.path}")

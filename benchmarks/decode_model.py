@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import bars
@@ -250,39 +249,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     device = torch.device("cpu" if arguments.smoke else "cuda", None if arguments.smoke else 0)
     facts = common.machine(device, arguments.commit)
-    path: Path | None = None
-    complete = False
-
-    def save(rows: list[Row]) -> None:
-        nonlocal path
-        if arguments.output or not (arguments.smoke or arguments.layers):
-            judged = judge(rows)
-            path = common.write_result(
-                BENCHMARK,
-                facts,
-                vars(arguments),
-                rows,
-                arguments.output,
-                dtype="bfloat16",
-                weights="random",
-                cache_filled_with="random keys and values, compressed layer by layer; the "
-                "sequences of a batch are copies of one",
-                complete=complete,
-                summary=bars.summary(judged),
-                judged=judged,
-            )
-
-    rows = measure(arguments, device, save)
-    complete = True
-    save(rows)
+    record = common.GrowingRecord(
+        BENCHMARK,
+        facts,
+        arguments,
+        lambda rows: {"summary": bars.summary(judge(rows)), "judged": judge(rows)},
+        partial=bool(arguments.layers),
+        dtype="bfloat16",
+        weights="random",
+        cache_filled_with="random keys and values, compressed layer by layer; the "
+        "sequences of a batch are copies of one",
+    )
+    rows = measure(arguments, device, record.save)
+    record.finish(rows)
     print(common.machine_line(facts))
     print(f"random weights, bf16, {arguments.tokens} tokens in the cache")
     print(render(rows))
     for row in judge(rows):
         met = f": {row['bar']}, {'met' if row['met'] else 'MISSED'}" if "bar" in row else ""
         print(f"{row['case']}: {row['times_faster_than_dense']:.2f} x{met}")
-    if path is not None:
-        print(f"wrote {path}")
+    record.say_where()
     return 0
 
 

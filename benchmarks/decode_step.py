@@ -23,7 +23,6 @@ import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import bars
@@ -453,36 +452,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = [shape.name for shape in setting.shapes]
     whole = (names, setting.lengths, list(setting.batches))
     partial_run = (arguments.shapes, arguments.lengths, arguments.batches) != whole
-    path: Path | None = None
-    complete = False
-
-    def save(rows: list[Row]) -> None:
-        nonlocal path
-        if arguments.output or not (arguments.smoke or partial_run):
-            judged = judge(rows)
-            path = common.write_result(
-                BENCHMARK,
-                facts,
-                vars(arguments),
-                rows,
-                arguments.output,
-                dtype="bfloat16",
-                rank=setting.rank,
-                chunk=setting.chunk,
-                budgets={str(tokens): budget for tokens, budget in setting.budgets},
-                outlier_chunks=setting.outliers,
-                exact_tokens=setting.exact,
-                device_rate=inputs.DEVICE_RATE,
-                pcie_rate=inputs.PCIE_RATE,
-                fa3_module=fa3_module(),
-                complete=complete,
-                summary=bars.summary(judged),
-                judged=judged,
-            )
-
-    rows = measure(setting, arguments, save)
-    complete = True
-    save(rows)
+    record = common.GrowingRecord(
+        BENCHMARK,
+        facts,
+        arguments,
+        lambda rows: {"summary": bars.summary(judge(rows)), "judged": judge(rows)},
+        partial=partial_run,
+        dtype="bfloat16",
+        rank=setting.rank,
+        chunk=setting.chunk,
+        budgets={str(tokens): budget for tokens, budget in setting.budgets},
+        outlier_chunks=setting.outliers,
+        exact_tokens=setting.exact,
+        device_rate=inputs.DEVICE_RATE,
+        pcie_rate=inputs.PCIE_RATE,
+        fa3_module=fa3_module(),
+    )
+    rows = measure(setting, arguments, record.save)
+    record.finish(rows)
     print(common.machine_line(facts))
     print(f"1 layer, bf16, rank {setting.rank}, chunk {setting.chunk}, {arguments.hits:.0%} hits")
     print(render(rows))
@@ -491,8 +478,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(common.format_table(judged, [*columns, ("bar", "bar", ""), ("met", "met", "")]))
     found = bars.summary(judged)
     print(f"{found['met']} of {found['bars']} bars met.")
-    if path is not None:
-        print(f"wrote {path}")
+    record.say_where()
     return int(any("error" in row for row in rows))
 
 

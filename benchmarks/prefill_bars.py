@@ -31,7 +31,6 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import bars
@@ -468,31 +467,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, setting = parse_arguments(argv)
     facts = common.machine(torch.device("cpu" if arguments.smoke else "cuda"), arguments.commit)
     partial = set(arguments.targets) != set(TARGETS) or arguments.lengths != list(setting.lengths)
-    path: Path | None = None
-    complete = False
-
-    def save(rows: list[dict[str, Any]]) -> None:
-        nonlocal path
-        if arguments.output or not (arguments.smoke or partial):
-            path = common.write_result(
-                BENCHMARK,
-                facts,
-                vars(arguments),
-                rows,
-                arguments.output,
-                heads=setting.heads,
-                kv_heads=setting.kv_heads,
-                head_dim=setting.head_dim,
-                dtype="bfloat16",
-                fa3_module=prefill.fa3_module(),
-                complete=complete,
-                summary=bars.summary(rows),
-                peers=bars.peers_facts(facts),
-            )
-
-    rows = measure(setting, arguments, save)
-    complete = True
-    save(rows)
+    record = common.GrowingRecord(
+        BENCHMARK,
+        facts,
+        arguments,
+        lambda rows: {"summary": bars.summary(rows)},
+        partial=partial,
+        heads=setting.heads,
+        kv_heads=setting.kv_heads,
+        head_dim=setting.head_dim,
+        dtype="bfloat16",
+        fa3_module=prefill.fa3_module(),
+        peers=bars.peers_facts(facts),
+    )
+    rows = measure(setting, arguments, record.save)
+    record.finish(rows)
     print(common.machine_line(facts))
     print(
         f"1 layer, {setting.heads} query heads, {setting.kv_heads} kv heads, "
@@ -501,8 +490,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(render(rows))
     found = bars.summary(rows)
     print(f"{found['met']} of {found['bars']} bars met. {bars.peers_facts(facts)['note']}.")
-    if path is not None:
-        print(f"wrote {path}")
+    record.say_where()
     return int(any("error" in row for row in rows))
 
 
