@@ -56,7 +56,8 @@ endfunction()
 
 file(GLOB cuda_sources CONFIGURE_DEPENDS
      csrc/attention/*.cpp csrc/attention/sm80/*.cpp csrc/attention/sm80/inst/*.cu
-     csrc/index/sm80/*.cpp csrc/index/sm80/*.cu csrc/index/sm80/inst/*.cu)
+     csrc/index/sm80/*.cpp csrc/index/sm80/*.cu csrc/index/sm80/inst/*.cu
+     csrc/shadow/sm80/*.cpp csrc/shadow/sm80/*.cu csrc/shadow/sm80/inst/*.cu)
 file(GLOB sm90_sources CONFIGURE_DEPENDS
      csrc/attention/sm90/*.cpp csrc/attention/sm90/*.cu csrc/attention/sm90/inst/*.cu)
 add_library(sparseattn_cuda_kernels STATIC ${cuda_sources})

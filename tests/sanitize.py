@@ -11,7 +11,7 @@ import argparse
 import torch
 
 import sparseattn
-from sparseattn import AShape, BlockSparse, Dense, VerticalSlash
+from sparseattn import AShape, BlockSparse, Dense, VerticalSlash, shadow
 
 # batch, query heads, key/value heads, q_len, kv_len: partial tiles, one row, an exact tile.
 SHAPES = [(1, 4, 2, 130, 201), (2, 2, 1, 1, 65), (1, 2, 2, 64, 64)]
@@ -76,18 +76,81 @@ def run(device: str, dtype: torch.dtype, dim: int, shape: tuple[int, ...]) -> No
         assert out.shape == q.shape and out.isfinite().all()
 
 
+def run_shadow(device: str, dtype: torch.dtype, dim: int, rank: int) -> None:
+    """Two steps of decode, the second with hits; a rank of 1024 takes its basis in pieces."""
+    batch, heads, group, chunks, chunk, top_k = 2, 2, 4, 50, 8, 9
+    rows = chunks * chunk
+    gen = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=gen).to(device, dtype)
+
+    k, v = randn(batch, heads, rows, dim), randn(batch, heads, rows, dim)
+    width = heads * dim
+    gram = torch.zeros(batch, width, width, dtype=torch.float64, device=device)
+    total = torch.zeros(batch, width, dtype=torch.float64, device=device)
+    count = torch.zeros(batch, dtype=torch.int64, device=device)
+    lens = torch.tensor([rows, rows - 77]).to(device)
+    shadow.shadow_gram_(k, gram, total, count, kv_lens=lens)
+    landmarks = torch.zeros(batch, heads, chunks, dim, dtype=dtype, device=device)
+    cosine = torch.zeros(batch, heads, chunks, device=device)
+    shadow.shadow_landmarks_(k, landmarks, cosine, chunk=chunk, kv_lens=lens)
+    outliers = shadow.shadow_outliers(cosine, count=5, sink_chunks=1, num_chunks=lens // chunk)
+    excluded = shadow.chunk_mask(outliers, chunks)
+    factor, basis = randn(batch, rows, rank), randn(batch, heads, rank, dim) * 0.05
+    mean = randn(batch, heads, dim).float()
+    inv_freq = (1e4 ** -torch.arange(dim // 4).div(dim // 4)).to(device)
+    store = v.reshape(batch, heads, chunks, chunk * dim)
+    if device == "cuda":
+        store = store.cpu().pin_memory()
+    slots = torch.zeros(batch, heads, 12, chunk * dim, dtype=dtype, device=device)
+    slot_chunk = torch.full((batch, heads, 12), -1, dtype=torch.int32, device=device)
+    last_used = torch.zeros_like(slot_chunk)
+    exact_lens = torch.tensor([70, 33]).to(device)
+    for q_len in (1, 1, 3):
+        q = randn(batch, heads * group, q_len, dim)
+        selected = shadow.shadow_select(
+            q, landmarks, top_k=top_k, excluded=excluded, num_chunks=lens // chunk
+        )
+        slot_of, misses, missed = shadow.shadow_plan_(selected, slot_chunk, last_used)
+        shadow.gather_values_(store, slots, misses, missed)
+        for interleaved in (False, True):
+            how = {"interleaved": interleaved}
+            shadow.lowrank_reconstruct(selected, factor, basis, mean, inv_freq, chunk=chunk, **how)
+            out = shadow.shadow_attention(
+                q,
+                k[:, :, :70],
+                v[:, :, :70],
+                selected,
+                slot_of,
+                slots,
+                factor,
+                basis,
+                mean,
+                inv_freq,
+                exact_lens=exact_lens,
+                **how,
+            )
+            assert out.shape == q.shape and out.isfinite().all()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    device = parser.parse_args().device
+    parser.add_argument("--family", choices=["prefill", "shadow"], help="default: both")
+    parser.add_argument("--quick", action="store_true", help="one dtype, head_dim 128")
+    arguments = parser.parse_args()
+    device, family = arguments.device, arguments.family
     dtypes = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.float32, torch.bfloat16)}
-    for dtype in dtypes[device]:
-        for dim in (64, 96, 128):
-            for shape in SHAPES:
+    for dtype in dtypes[device][: 1 if arguments.quick else 2]:
+        for dim in (128,) if arguments.quick else (64, 96, 128):
+            for shape in SHAPES if family != "shadow" else ():
                 run(device, dtype, dim, shape)
+            for rank in (48, 160, 1024) if family != "prefill" else ():
+                run_shadow(device, dtype, dim, rank)
     if device == "cuda":
         torch.cuda.synchronize()
-    print(f"every operator ran on {device}")
+    print(f"every operator{f' of {family}' if family else ''} ran on {device}")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,13 @@
 // reads it anew. Numbers read there are clamped or dropped, never trusted with an address.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "sparseattn/cpu.h"
 #include "sparseattn/types.h"
+
+struct CUstream_st;  // what a cudaStream_t points to
 
 namespace sparseattn {
 
@@ -192,5 +195,33 @@ Status gather_values(const GatherValues& params, const ParallelFor& parallel_for
 Status lowrank_reconstruct(const LowRankReconstruct& params, const ParallelFor& parallel_for);
 Status shadow_attention(const ShadowAttention& params, const ParallelFor& parallel_for);
 }  // namespace cpu
+
+// CUDA, sm_80 and newer: fp16 or bf16, head_dim 64, 96 or 128. Rows of keys, queries, landmarks and
+// values start on 16-byte boundaries. `workspace` is as many bytes of the device as the function
+// beside says for the current device, on a 256-byte boundary; launches that may run at the same
+// time need one each.
+size_t shadow_gram_bytes(const ShadowGram& params);
+Status shadow_gram(const ShadowGram& params, void* workspace, CUstream_st* stream);
+Status shadow_landmarks(const ShadowLandmarks& params, CUstream_st* stream);
+Status shadow_outliers(const ShadowOutliers& params, CUstream_st* stream);
+size_t shadow_select_bytes(const ShadowSelect& params);
+Status shadow_select(const ShadowSelect& params, void* workspace, CUstream_st* stream);
+size_t shadow_plan_bytes(const ShadowPlan& params);
+Status shadow_plan(const ShadowPlan& params, void* workspace, CUstream_st* stream);
+/// The store may be memory of the device, managed, or pinned memory of the host.
+Status gather_values(const GatherValues& params, CUstream_st* stream);
+
+// CUDA, from sm_80 on: fp16 or bf16 with sums in fp32; head_dim 64, 96 or 128. Rows of what is read
+// and of `out` start at multiples of 16 bytes. A rank whose basis does not fit in shared memory is
+// taken in pieces; up to 2000 or so fits so on every device. The stream is a cudaStream_t.
+//
+// Query rows of a key/value head go in blocks of 16, each of which rebuilds the keys for itself:
+// one block at decode, where q_len is 1 and a group has up to 16 heads. Results of a call are the
+// same bit for bit; those of a sequence may differ in rounding with the batch it is in, as more
+// CTAs share its keys in a small batch. `workspace` is as many bytes of device memory as
+// shadow_attention_bytes says for the current device, on a 256-byte boundary.
+size_t shadow_attention_bytes(const ShadowAttention& params);
+Status shadow_attention(const ShadowAttention& params, void* workspace, CUstream_st* stream);
+Status lowrank_reconstruct(const LowRankReconstruct& params, CUstream_st* stream);
 
 }  // namespace sparseattn

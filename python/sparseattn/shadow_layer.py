@@ -22,7 +22,7 @@ from sparseattn import shadow
 from sparseattn.rope import Rope
 
 #: Types of devices that have all operators of a compressed layer.
-DEVICES = ("cpu",)
+DEVICES = ("cpu", "cuda")
 
 _SLICE = 8192  # tokens whose fp32 copies exist at a time
 

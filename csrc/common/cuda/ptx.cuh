@@ -49,6 +49,15 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&out)[4], const void* row)
                : "memory");
 }
 
+/// The same, each matrix transposed.
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&out)[4], const void* row) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(address)
+               : "memory");
+}
+
 /// c += a b with a 16x16 (row-major), b 16x8 (column-major), c 16x8 in fp32.
 template <class Element>
 __device__ __forceinline__ void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4],

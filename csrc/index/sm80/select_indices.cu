@@ -58,61 +58,6 @@ struct ListScratch {
   int32_t scan[SelectTeam::kWarps];
 };
 
-/// Writes the k selected indices in ascending order, then -1 up to `length`. Each warp counts its
-/// own range first, so that it knows where to write.
-template <class KeyAt>
-__device__ __forceinline__ void write_selected(int32_t n, int32_t k, const Threshold& threshold,
-                                               const KeyAt& key_at, int32_t* out, int32_t length,
-                                               ListScratch& scratch) {
-  const int lane = SelectTeam::lane();
-  const WarpRange range = warp_range<SelectTeam>(n);
-  int32_t above = 0, equal = 0;
-#pragma unroll 8
-  for (int i = range.begin + lane; i < range.end; i += 32) {
-    const uint32_t key = key_at(i);
-    above += key > threshold.key;
-    equal += key == threshold.key;
-  }
-  above = cuda::warp_sum(above);
-  equal = cuda::warp_sum(equal);
-  int32_t total;
-  const int32_t from_lane_0 = lane == 0;
-  int32_t above_before =
-      cuda::team_scan<SelectTeam>(from_lane_0 * above, 0, cuda::Add{}, scratch.scan, total);
-  int32_t equal_before =
-      cuda::team_scan<SelectTeam>(from_lane_0 * equal, 0, cuda::Add{}, scratch.scan, total);
-  above_before = __shfl_sync(cuda::kFullWarp, above_before, 0);
-  equal_before = __shfl_sync(cuda::kFullWarp, equal_before, 0);
-
-  constexpr int kBatch = 8;
-  const uint32_t lanes_below = (1u << lane) - 1;
-  for (int64_t base = range.begin; base < range.end; base += 32 * kBatch) {
-    uint32_t keys[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int64_t at = base + 32 * i + lane;
-      keys[i] = at < range.end ? key_at(static_cast<int32_t>(at)) : 0;
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int64_t at = base + 32 * i + lane;
-      const bool is_above = at < range.end && keys[i] > threshold.key;
-      const bool is_equal = at < range.end && keys[i] == threshold.key;
-      const uint32_t all_above = __ballot_sync(cuda::kFullWarp, is_above);
-      const uint32_t all_equal = __ballot_sync(cuda::kFullWarp, is_equal);
-      if ((all_above | all_equal) == 0) continue;
-      const int32_t ties = equal_before + __popc(all_equal & lanes_below);
-      if (is_above || (is_equal && ties < threshold.ties)) {
-        out[above_before + __popc(all_above & lanes_below) + min(ties, threshold.ties)] =
-            static_cast<int32_t>(at);
-      }
-      above_before += __popc(all_above);
-      equal_before += __popc(all_equal);
-    }
-  }
-  for (int i = k + SelectTeam::rank(); i < length; i += SelectTeam::kThreads) out[i] = -1;
-}
-
 /// CTA 2 i lists the columns of head entry i, CTA 2 i + 1 its offsets.
 __global__ void __launch_bounds__(SelectTeam::kThreads)
     select_indices_kernel(const __grid_constant__ VerticalSlashJob job) {
@@ -153,7 +98,7 @@ __global__ void __launch_bounds__(SelectTeam::kThreads)
     return i < forced ? kForcedKey : order_key(mass[i]);
   };
   const Threshold threshold = find_threshold<SelectTeam, kDigitBits>(n, k, key_at, scratch.select);
-  write_selected(n, k, threshold, key_at, out, limit, scratch);
+  write_selected<SelectTeam>(n, k, threshold, key_at, out, limit, scratch.scan);
 }
 
 Status launch_select_indices(const VerticalSlashJob& job, cudaStream_t stream) {

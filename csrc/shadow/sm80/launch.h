@@ -1,0 +1,19 @@
+// Launches of one instantiation of the kernels that rebuild keys.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "sparseattn/shadow.h"
+
+namespace sparseattn::shadow_sm80 {
+
+struct AttentionJob;
+struct ReconstructJob;
+
+/// Instantiated in inst/: head_dim 64, 96, 128 with fp16 and bf16.
+template <int kHeadDim, class Element>
+Status launch_attention(const AttentionJob& job, cudaStream_t stream);
+template <int kHeadDim, class Element>
+Status launch_reconstruct(const ReconstructJob& job, cudaStream_t stream);
+
+}  // namespace sparseattn::shadow_sm80
