@@ -98,6 +98,38 @@ class Buffer {
   int64_t count_ = 0;
 };
 
+/// Pinned memory of the host.
+class PinnedBuffer {
+ public:
+  PinnedBuffer() = default;
+  PinnedBuffer(const char* name, int64_t bytes) : bytes_(bytes) {
+    const cudaError_t error =
+        cudaHostAlloc(&data_, static_cast<size_t>(bytes), cudaHostAllocMapped);
+    if (error == cudaErrorMemoryAllocation) {
+      cudaGetLastError();  // not sticky: cleared, so that the next launch does not report it
+      throw OutOfMemory(std::string(name) + ": " + std::to_string(bytes >> 20) +
+                        " MiB of host memory could not be pinned");
+    }
+    check(error, name);
+  }
+  PinnedBuffer(const PinnedBuffer&) = delete;
+  PinnedBuffer& operator=(const PinnedBuffer&) = delete;
+  PinnedBuffer& operator=(PinnedBuffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(bytes_, other.bytes_);
+    return *this;
+  }
+  ~PinnedBuffer() {
+    if (data_ != nullptr) cudaFreeHost(data_);
+  }
+  void* get() const { return data_; }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  void* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
 struct DeviceFacts {
   std::string name;
   int multiprocessors = 0;

@@ -21,13 +21,14 @@ __device__ void store(__half* to, float value) { *to = __float2half(value); }
 __device__ void store(__nv_bfloat16* to, float value) { *to = __float2bfloat16(value); }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) normal_kernel(T* data, int64_t count, uint64_t seed) {
+__global__ void __launch_bounds__(kThreads)
+    normal_kernel(T* data, int64_t count, uint64_t seed, float deviation) {
   const int64_t stride = int64_t{kThreads} * gridDim.x;
   for (int64_t i = int64_t{kThreads} * blockIdx.x + threadIdx.x; i < count; i += stride) {
     const uint64_t bits = mixed(seed * 0xd1342543de82ef95u + static_cast<uint64_t>(i));
     const float u = static_cast<float>((bits >> 40) + 1) * 0x1p-24f;  // (0, 1]
     const float angle = static_cast<float>(bits & 0xffffff) * 0x1p-24f;
-    store(data + i, sqrtf(-2.0f * logf(u)) * cospif(2.0f * angle));
+    store(data + i, deviation * sqrtf(-2.0f * logf(u)) * cospif(2.0f * angle));
   }
 }
 
@@ -60,11 +61,13 @@ sparseattn::Status launched() {
 }  // namespace
 
 sparseattn::Status fill_normal(void* data, sparseattn::DType dtype, int64_t count, uint64_t seed,
-                               cudaStream_t stream) {
+                               cudaStream_t stream, float deviation) {
   if (dtype == sparseattn::DType::kFloat16) {
-    normal_kernel<<<kCtas, kThreads, 0, stream>>>(static_cast<__half*>(data), count, seed);
+    normal_kernel<<<kCtas, kThreads, 0, stream>>>(static_cast<__half*>(data), count, seed,
+                                                  deviation);
   } else if (dtype == sparseattn::DType::kBFloat16) {
-    normal_kernel<<<kCtas, kThreads, 0, stream>>>(static_cast<__nv_bfloat16*>(data), count, seed);
+    normal_kernel<<<kCtas, kThreads, 0, stream>>>(static_cast<__nv_bfloat16*>(data), count, seed,
+                                                  deviation);
   } else {
     return {1, "fill_normal: dtype: expected fp16 or bf16"};
   }

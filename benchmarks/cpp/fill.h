@@ -9,9 +9,9 @@
 
 namespace bench {
 
-/// Standard normal values, fp16 or bf16.
+/// Normal values of mean 0, fp16 or bf16.
 sparseattn::Status fill_normal(void* data, sparseattn::DType dtype, int64_t count, uint64_t seed,
-                               cudaStream_t stream);
+                               cudaStream_t stream, float deviation = 1.0f);
 
 /// bool mask [heads, blocks, blocks]: in every row the diagonal block and random earlier ones,
 /// about `density` of those at or before the diagonal. `selected` (zeroed by the caller) counts

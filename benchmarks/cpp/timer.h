@@ -39,11 +39,17 @@ class Timer {
 
   template <class Call>
   Timing operator()(const Call& call) const {
+    return (*this)(call, [] {});
+  }
+
+  /// `before` is called before every call, outside the timed span.
+  template <class Call, class Before>
+  Timing operator()(const Call& call, const Before& before) const {
     double guess = 0;
-    for (int i = 0; i < warm_up_; ++i) guess = run(call, 1)[0];
+    for (int i = 0; i < warm_up_; ++i) guess = run(call, before, 1)[0];
     const double fits = budget_ms_ / std::max(guess, 1e-3);
     const int repeats = static_cast<int>(std::min<double>(repeats_, std::max(3.0, fits)));
-    std::vector<double> times = run(call, repeats);
+    std::vector<double> times = run(call, before, repeats);
     std::sort(times.begin(), times.end());
     const size_t middle = times.size() / 2;
     const double median =
@@ -52,14 +58,15 @@ class Timer {
   }
 
  private:
-  template <class Call>
-  std::vector<double> run(const Call& call, int repeats) const {
+  template <class Call, class Before>
+  std::vector<double> run(const Call& call, const Before& before, int repeats) const {
     std::vector<Event> starts(static_cast<size_t>(repeats)), ends(static_cast<size_t>(repeats));
     for (size_t i = 0; i < starts.size(); ++i) {
       if (flush_.size() > 0) {
         check(cudaMemsetAsync(flush_.get(), 1, static_cast<size_t>(flush_.size()), stream_),
               "L2 flush");
       }
+      before();
       check(cudaEventRecord(starts[i].get(), stream_), "event");
       call();
       check(cudaEventRecord(ends[i].get(), stream_), "event");
