@@ -62,11 +62,11 @@ class Timer {
   std::vector<double> run(const Call& call, const Before& before, int repeats) const {
     std::vector<Event> starts(static_cast<size_t>(repeats)), ends(static_cast<size_t>(repeats));
     for (size_t i = 0; i < starts.size(); ++i) {
+      before();
       if (flush_.size() > 0) {
         check(cudaMemsetAsync(flush_.get(), 1, static_cast<size_t>(flush_.size()), stream_),
               "L2 flush");
       }
-      before();
       check(cudaEventRecord(starts[i].get(), stream_), "event");
       call();
       check(cudaEventRecord(ends[i].get(), stream_), "event");
