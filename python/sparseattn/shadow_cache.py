@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparseattn.hf import MARK, NAME
 from sparseattn.rope import Rope
-from sparseattn.shadow_layer import ShadowOptions, ShadowState
+from sparseattn.shadow_layer import ShadowOptions, ShadowState, StepPlace
 
 try:
     from transformers.cache_utils import Cache, CacheLayerMixin
@@ -30,6 +30,7 @@ class ShadowKVLayer(CacheLayerMixin):
         self.config, self.options, self.layer = config, options, layer
         self.dense_limit = options.dense_limit  # tokens
         self.state: ShadowState | None = None
+        self.place: StepPlace | None = None  # of the step of a GraphDecoder that is being run
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -50,14 +51,20 @@ class ShadowKVLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if self.state is None:
             return self._grow_dense(key_states, value_states)
+        if self.place is not None:
+            self.state.write(key_states, value_states, self.place)
+            return self._marked(key_states), value_states
         self.state.append(key_states, value_states)
         if key_states.shape[2] == 1 and self.config._attn_implementation == NAME:
-            marked = key_states.view_as(key_states)
-            setattr(marked, MARK, self)
-            return marked, value_states
+            return self._marked(key_states), value_states
         keys, values = self.state.everything()
         self.state.flush()
         return keys, values
+
+    def _marked(self, key_states: Tensor) -> Tensor:
+        marked = key_states.view_as(key_states)
+        setattr(marked, MARK, self)
+        return marked
 
     def _grow_dense(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         keys = torch.cat((self.keys, key_states), dim=2)
@@ -73,8 +80,9 @@ class ShadowKVLayer(CacheLayerMixin):
     def attend(self, query: Tensor, scale: float | None) -> Tensor:
         """Attention of the step whose token update has just added."""
         assert self.state is not None
-        out = self.state.attend(query, scale)
-        self.state.flush()
+        out = self.state.attend(query, scale, self.place)
+        if self.place is None:
+            self.state.flush()
         return out
 
     def get_seq_length(self) -> int:

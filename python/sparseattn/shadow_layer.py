@@ -102,6 +102,27 @@ class _Rows:
         self.data = picked
 
 
+class StepPlace:
+    """Where a step of one token is, on the device, so that a CUDA graph can be told. The layers of
+    a cache are all at the same place."""
+
+    def __init__(self, batch: int, device: torch.device):
+        def numbers(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        self.row = numbers(1)  # of the exact buffers: takes the token's key and value
+        self.position = numbers(1, 1)  # of the token
+        self.exact_lens = numbers(batch)  # the token's row included
+        self.num_chunks = numbers(batch)
+
+    def go_to(self, state: ShadowState) -> None:
+        """The step after the tokens that the state has."""
+        self.row.fill_(state.keys.length)
+        self.position.fill_(state.length)
+        self.exact_lens.fill_(state.keys.length + 1)
+        self.num_chunks.fill_(state.chunks)
+
+
 class ShadowState:
     """The compressed form of one layer."""
 
@@ -234,6 +255,28 @@ class ShadowState:
         self.keys.drop(self.first, count)
         self.values.drop(self.first, count)
 
+    def reserve(self, tokens: int) -> None:
+        """Makes room for ``tokens`` more: until then buffers keep their addresses."""
+        options = self.options
+        chunks = (self.length + tokens) // options.chunk
+        self.factor.reserve(chunks * options.chunk, self.factor.data)
+        for rows in (self.landmarks, self.excluded, self.store):
+            rows.reserve(chunks, rows.data)
+        tail = options.local + options.flush + options.chunk
+        for rows in (self.keys, self.values):
+            rows.reserve(max(rows.length, self.first + tail), rows.data)
+
+    def write(self, keys: Tensor, values: Tensor, place: StepPlace) -> None:
+        """The token of a step whose place is on the device; :meth:`stepped` counts it."""
+        self.keys.data.index_copy_(2, place.row, keys)
+        self.values.data.index_copy_(2, place.row, values)
+
+    def stepped(self) -> None:
+        """A step at a place has been run."""
+        self.keys.length += 1
+        self.values.length += 1
+        self.flush()
+
     # --- use -----------------------------------------------------------------------------------
 
     def everything(self) -> tuple[Tensor, Tensor]:
@@ -263,33 +306,46 @@ class ShadowState:
             torch.cat((values, self.values.data[:, :, tail]), dim=2),
         )
 
-    def attend(self, query: Tensor, scale: float | None) -> Tensor:
-        """Decode attention of the last tokens ``query [B, Hq, q_len, D]``; same shape."""
+    def attend(self, query: Tensor, scale: float | None, place: StepPlace | None = None) -> Tensor:
+        """Decode attention of the last tokens ``query [B, Hq, q_len, D]``; same shape.
+
+        With ``place``, of a token that :meth:`write` has put there: whole buffers are handed over,
+        and the device knows what of them is filled.
+        """
         options = self.options
         top_k = min(options.top_k, self.chunks)
-        excluded = self.excluded.rows[..., 0].contiguous()
+        if place is None:
+            keys, values, lens = self.keys.rows, self.values.rows, None
+            landmarks, excluded = self.landmarks.rows, self.excluded.rows[..., 0].contiguous()
+            store, factor, chunks = self.store.rows, self.factor.rows, None
+        else:
+            keys, values, lens = self.keys.data, self.values.data, place.exact_lens
+            landmarks, excluded = self.landmarks.data, self.excluded.data[..., 0]
+            store, factor, chunks = self.store.data, self.factor.data, place.num_chunks
+            top_k = options.top_k  # also while there are fewer chunks: entries are -1 then
         selected = shadow.shadow_select(
-            query, self.landmarks.rows, top_k=top_k, excluded=excluded, scale=scale
+            query, landmarks, top_k=top_k, excluded=excluded, num_chunks=chunks, scale=scale
         )
         slot_of, misses, miss_count = shadow.shadow_plan_(selected, self.slot_chunk, self.last_used)
-        shadow.gather_values_(self.store.rows, self.slots, misses, miss_count)
+        shadow.gather_values_(store, self.slots, misses, miss_count)
         missed = miss_count.sum()
         self.misses += missed
         self.hits += (selected >= 0).sum() - missed
         return shadow.shadow_attention(
             query,
-            self.keys.rows,
-            self.values.rows,
+            keys,
+            values,
             selected,
             slot_of,
             self.slots,
-            self.factor.rows[:, 0],
+            factor[:, 0],
             self.basis,
             self.mean,
             self.inv_freq,
             interleaved=self.rope.interleaved,
             rope_scale=self.rope.scale,
             scale=scale,
+            exact_lens=lens,
         )
 
     def select(self, index: Tensor) -> None:
