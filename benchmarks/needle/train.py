@@ -135,8 +135,8 @@ class Trainer:
         return (at + ((at[None] >= where[:, None]) * jumps[:, None]).sum(0))[None]
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Hidden states after the last norm. As the model does it, but for the check of the
-        positions, which takes jumps for packed sequences: no mask, so attention is ``is_causal``."""
+        """Hidden states after the last norm. What the model does without its look at the
+        positions, where jumps would pass for packed sequences: no mask, attention is causal."""
         inner = self.model.model
         hidden = inner.embed_tokens(ids)
         turns = inner.rotary_emb(hidden, position_ids=positions)
