@@ -75,7 +75,7 @@ def expected_answer(text: str, question: str) -> str:
 def test_answers_are_right(source, script, family: int, length: int, crowded: bool) -> None:
     source, tokenizer = source
     data = script("needle_data")
-    mixture = tuple(float(f == family) for f in range(5))
+    mixture = tuple(float(f == family) for f in range(6))
     ids, kinds = source.make(family, 3, length, mixture, crowded)
     assert ids.shape == (3, length + 1) and kinds.shape == (3, length)
     for row, kind in zip(ids, kinds, strict=True):
@@ -93,9 +93,24 @@ def test_answers_are_right(source, script, family: int, length: int, crowded: bo
         assert set(kind.tolist()) <= {data.IGNORED, data.TEXT, data.ANSWER + family}
 
 
+def test_pairs(source, script) -> None:
+    """Answers are the numbers of keys that were there before, and all of those."""
+    source, tokenizer = source
+    data = script("needle_data")
+    ids, kinds = source.make(0, 2, 700, (0.0, 0.0, 0.0, 0.0, 0.0, 1.0), True)
+    for row, kind in zip(ids, kinds, strict=True):
+        text = tokenizer.decode(row, clean_up_tokenization_spaces=False)
+        known: dict[str, str] = {}
+        expected = ""
+        for key, value in re.findall(r" (\w+)=(\d{6})", text):
+            expected += value if key in known else ""
+            assert known.setdefault(key, value) == value
+        assert tokenizer.decode(row[1:][kind >= data.ANSWER]) == expected != ""
+
+
 def test_batches_depend_on_the_step_only(source) -> None:
     source, _ = source
-    mixture = (1.0,) * 5
+    mixture = (1.0,) * 6
     one, again = (source.make(5, 4, 512, mixture, True) for _ in range(2))
     other = source.make(6, 4, 512, mixture, True)
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
@@ -104,7 +119,7 @@ def test_batches_depend_on_the_step_only(source) -> None:
 
 def test_too_short(source) -> None:
     with pytest.raises(ValueError, match="length: "):
-        source[0].make(0, 1, 96, (0.0, 0.0, 0.0, 1.0, 0.0), True)
+        source[0].make(0, 1, 96, (0.0, 0.0, 0.0, 1.0, 0.0, 0.0), True)
 
 
 def test_resume(script, tmp_path) -> None:
@@ -189,3 +204,20 @@ def test_tokenizer_is_built_the_same(script) -> None:
     for piece in (*words.WORDS, "007", "42", " magic", "question"):
         assert len(tokenizer(piece, add_special_tokens=False).input_ids) == 1
     assert tokenizer("a").input_ids[:2] == tokenizer.convert_tokens_to_ids(["[gMASK]", "<sop>"])
+
+
+def test_card(script, tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    train, card = script("train"), script("card")
+    arguments = [*TOY, "300", "--eval-examples", "1", "--steps", "2", "--out", str(tmp_path)]
+    trainer = train.main([*arguments, "--checkpoint", str(tmp_path / "state")])
+    trainer.log()
+    train.write(trainer, tmp_path, {"niah_single": {"300": 1.0, "1024": 0.5}})
+    sparse = {"a_shape": {"niah_single": {"300": 0.25}}}
+    (tmp_path / "scores.json").write_text(json.dumps(sparse))
+    card.main([str(tmp_path)])
+    text = (tmp_path / "MODEL_CARD.md").read_text()
+    assert "| niah_single | 100 % | 50 % |" in text and "| niah_single | 25 % |" in text
+    assert "`niah_single` with dense attention: 1024 tokens (50 %)" in text
+    assert "2 steps" in text and "nan" not in text
+    assert (tmp_path / "loss.png").stat().st_size > 5000

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from needle_package import tasks, words
 
 IGNORED, TEXT, ANSWER = 0, 1, 2
-FAMILIES = ("lookup", "all_values", "many", "chain", "common")
+FAMILIES = ("lookup", "all_values", "many", "chain", "common", "pairs")
 SPARE = 8  # tokens between two pieces, at least on average
 
 
@@ -248,6 +249,26 @@ class Source:
         canvas.fill(canvas.length - final, self.ask_words.ids.expand(rows, -1), IGNORED)
         answer = torch.cat((drawn[:, :common], drawn.new_full((rows, 1), self.newline)), 1)
         canvas.fill(canvas.length - common - 1, answer, canvas.answer)
+
+    def _pairs(self, canvas: _Canvas, crowded: bool) -> None:
+        """No text: keys with their numbers over and over. Nearly half of all labels are recalls,
+        and the lookup by key is learned from these first."""
+        rows, head = canvas.rows, self.openings["open_niah"]
+        keys = self._count(8, 64, crowded)
+        names = self.words[self._rank(rows, len(self.words))[:, :keys]]
+        values = self._numbers(rows, keys)
+        entries = (canvas.length - len(head)) // 4
+        which = (self._rand(rows, entries) * keys).long()
+        times = F.one_hot(which, keys).cumsum(1).gather(2, which[..., None])
+        name = names.gather(1, which)
+        number = values.gather(1, which[..., None].expand(-1, -1, 2))
+        ids = torch.stack((name, torch.full_like(name, self.equals), *number.unbind(-1)), -1)
+        answers = torch.where(times > 1, canvas.answer, IGNORED)
+        kinds = torch.cat((torch.full_like(ids[..., :2], IGNORED), answers.expand(-1, -1, 2)), -1)
+        canvas.fill(0, ids.new_zeros(1, 1).expand(rows, canvas.length), IGNORED)
+        canvas.open(head)
+        canvas.fill(len(head), ids.flatten(1), IGNORED)
+        canvas.kinds[:, len(head) : len(head) + 4 * entries] = kinds.flatten(1)
 
     # small things
 

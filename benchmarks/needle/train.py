@@ -13,6 +13,7 @@ lengths, dense and greedy, and the table is printed last.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "python" / "sparseattn" / "models" / "needle"
 TEXT_WEIGHT = 0.1  # of the loss on text, beside the answers'
 SCORED = 4  # one label in so many goes through the output layer: all answers, and some text
-MIXTURE = (0.25, 0.25, 0.15, 0.20, 0.15)  # of needle_data.FAMILIES
+MIXTURE = (0.25, 0.25, 0.15, 0.20, 0.15)  # of needle_data.FAMILIES without the pairs
 HORIZON = 131072  # positions that the model is to know
 LOG_EVERY = 50
 
@@ -45,14 +46,15 @@ class Phase:
     lengths: dict[int, float]  # length -> weight
     tokens: int  # per step
     crowded: float  # share of the steps whose sequences are full of pieces
+    pairs: float  # share of the sequences that are pairs
 
 
 PHASES = (
-    Phase(0.06, {512: 1.0}, 32768, 1.0),
-    Phase(0.25, {512: 1.0, 1024: 2.0, 2048: 1.0}, 65536, 0.7),
-    Phase(0.50, {1024: 1.0, 2048: 2.0, 8192: 2.0}, 131072, 0.5),
-    Phase(0.75, {2048: 3.0, 8192: 4.0, 32768: 2.0}, 131072, 0.4),
-    Phase(1.01, {2048: 1.0, 8192: 3.0, 32768: 3.0, 65536: 1.0, 131072: 0.5}, 131072, 0.4),
+    Phase(0.06, {512: 1.0}, 32768, 1.0, 0.5),
+    Phase(0.25, {512: 1.0, 1024: 2.0, 2048: 1.0}, 65536, 0.7, 0.15),
+    Phase(0.50, {1024: 1.0, 2048: 2.0, 8192: 2.0}, 131072, 0.5, 0.05),
+    Phase(0.75, {2048: 3.0, 8192: 4.0, 32768: 2.0}, 131072, 0.4, 0.03),
+    Phase(1.01, {2048: 1.0, 8192: 3.0, 32768: 3.0, 65536: 1.0, 131072: 0.5}, 131072, 0.4, 0.03),
 )
 
 
@@ -67,12 +69,15 @@ class Trainer:
         self.tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, local_files_only=True)
         torch.manual_seed(args.seed)
         self.model = build_model(args, len(self.tokenizer), self.tokenizer.eos_token_id)
+        turns = self.model.model.rotary_emb
+        frequencies = turns.inv_freq.clone()
         self.model.to(self.device, torch.bfloat16 if self.device.type == "cuda" else torch.float32)
+        turns.inv_freq = frequencies.to(self.device)  # fp32, as a loaded model has them
         fast_norms(self.model)
         self.weights = list(self.model.parameters())
         self.master = [w.detach().float().clone() for w in self.weights]
-        for copy in self.master:
-            copy.grad = torch.zeros_like(copy)
+        for m in self.master:
+            m.grad = torch.zeros_like(m)
         decay = [m for m in self.master if m.dim() > 1]
         plain = [m for m in self.master if m.dim() <= 1]
         self.optimiser = torch.optim.AdamW(
@@ -85,6 +90,7 @@ class Trainer:
         ids = tasks._Tokens(self.tokenizer)(text[: args.text_bytes])
         self.source = Source(self.tokenizer, torch.tensor(ids, device=self.device), args.seed)
         if args.compile:
+            torch._dynamo.config.recompile_limit = 64  # the plan has about ten shapes
             for layer in self.model.model.layers:
                 layer.compile(dynamic=False)
         self.step, self.seconds, self.tokens = 0, 0.0, 0
@@ -107,8 +113,8 @@ class Trainer:
         left = (1 - self.progress()) / args.cooldown
         return args.lr * warm * max(0.02, min(1.0, left))
 
-    def sizes(self) -> tuple[int, int, bool]:
-        """(rows, length, crowded) of the next step."""
+    def sizes(self) -> tuple[int, int, tuple[float, ...], bool]:
+        """(rows, length, mixture, crowded) of the next step."""
         phase = self.phase()
         draw = torch.Generator().manual_seed(self.args.seed * 7_000_003 + self.step)
         lengths = list(phase.lengths)
@@ -117,7 +123,10 @@ class Trainer:
         length = min(length, self.args.max_length)
         tokens = self.args.tokens or phase.tokens
         crowded = float(torch.rand((), generator=draw)) < phase.crowded
-        return max(1, tokens // length), length, crowded
+        pairs = phase.pairs if self.args.pairs is None else self.args.pairs
+        total = sum(self.args.mixture)
+        others = tuple(w / total * (1 - pairs) for w in self.args.mixture)
+        return max(1, tokens // length), length, (*others, pairs), crowded
 
     def positions(self, length: int) -> torch.Tensor:
         """0, 1, 2, ...; later in training often with jumps, so that short sequences show the
@@ -150,8 +159,8 @@ class Trainer:
 
     def train_step(self) -> int:
         """Returns the number of tokens."""
-        rows, length, crowded = self.sizes()
-        ids, kinds = self.source.make(self.step, rows, length, self.args.mixture, crowded)
+        rows, length, mixture, crowded = self.sizes()
+        ids, kinds = self.source.make(self.step, rows, length, mixture, crowded)
         hidden = self.forward(ids[:, :-1], self.positions(length)).flatten(0, 1)
         loss = self.loss(hidden, ids[:, 1:].flatten(), kinds.flatten())
         loss.backward()
@@ -386,7 +395,7 @@ def table(scores: dict[str, dict[str, float]]) -> str:
 def write(trainer: Trainer, out: Path, scores: dict[str, dict[str, float]] | None) -> None:
     """model.safetensors, config.json, the tokenizer's files, loss.json."""
     args = trainer.args
-    trainer.model.to(torch.bfloat16).save_pretrained(out)
+    copy.deepcopy(trainer.model).to(torch.bfloat16).save_pretrained(out)
     (out / "generation_config.json").unlink(
         missing_ok=True
     )  # says nothing that config.json doesn't
@@ -425,7 +434,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         add(f"--{name}", type=int, default=size)
     add("--kv-heads", type=int, default=2)
     add("--head-dim", type=int, default=64)
-    add("--theta", type=float, default=5e6, help="base of RoPE's frequencies")
+    add("--theta", type=float, default=5e5, help="base of RoPE's frequencies")
     add("--lr", type=float, default=2e-3)
     add("--beta2", type=float, default=0.98)
     add("--decay", type=float, default=0.01)
@@ -439,8 +448,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs=len(FAMILIES),
         default=MIXTURE,
         metavar="W",
-        help=str(FAMILIES),
+        help=", ".join(FAMILIES[:-1]),
     )
+    add("--pairs", type=float, help="share of sequences of pairs, instead of the plan's")
     add("--tokens", type=int, help="per step, instead of the plan's")
     add("--max-length", type=int, default=HORIZON, help="cuts the plan's lengths")
     add("--horizon", type=int, default=HORIZON, help="positions that jumps reach")
