@@ -254,7 +254,7 @@ class Source:
         """No text: keys with their numbers over and over. Nearly half of all labels are recalls,
         and the lookup by key is learned from these first."""
         rows, head = canvas.rows, self.openings["open_niah"]
-        keys = self._count(8, 64, crowded)
+        keys = self._count(2, 64, False)
         names = self.words[self._rank(rows, len(self.words))[:, :keys]]
         values = self._numbers(rows, keys)
         entries = (canvas.length - len(head)) // 4

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "python" / "sparseattn" / "models" / "needle"
-TEXT_WEIGHT = 0.1  # of the loss on text, beside the answers'
+TEXT_WEIGHT = 0.2  # of the loss on text, beside the answers'
 SCORED = 4  # one label in so many goes through the output layer: all answers, and some text
 MIXTURE = (0.25, 0.25, 0.15, 0.20, 0.15)  # of needle_data.FAMILIES without the pairs
 HORIZON = 131072  # positions that the model is to know
@@ -50,10 +50,10 @@ class Phase:
 
 
 PHASES = (
-    Phase(0.06, {512: 1.0}, 32768, 1.0, 0.5),
-    Phase(0.25, {512: 1.0, 1024: 2.0, 2048: 1.0}, 65536, 0.7, 0.15),
-    Phase(0.50, {1024: 1.0, 2048: 2.0, 8192: 2.0}, 131072, 0.5, 0.05),
-    Phase(0.75, {2048: 3.0, 8192: 4.0, 32768: 2.0}, 131072, 0.4, 0.03),
+    Phase(0.04, {512: 1.0}, 32768, 1.0, 0.5),
+    Phase(0.14, {512: 1.0, 1024: 2.0, 2048: 1.0}, 65536, 0.7, 0.15),
+    Phase(0.35, {1024: 1.0, 2048: 2.0, 8192: 2.0}, 131072, 0.5, 0.05),
+    Phase(0.65, {1024: 1.0, 2048: 2.0, 8192: 4.0, 32768: 3.0}, 131072, 0.4, 0.03),
     Phase(1.01, {2048: 1.0, 8192: 3.0, 32768: 3.0, 65536: 1.0, 131072: 0.5}, 131072, 0.4, 0.03),
 )
 
@@ -138,10 +138,11 @@ class Trainer:
         if self.progress() < self.args.jumps_from or u[0] < 0.5 or room <= 0:
             return at[None]
         count = 1 + int(4 * u[1])
-        where = torch.randint(length, (count,), generator=draw).to(self.device)
         share = torch.rand(count + 1, generator=draw)
-        jumps = (share[:count] / share.sum() * room).long().to(self.device)
-        return (at + ((at[None] >= where[:, None]) * jumps[:, None]).sum(0))[None]
+        jumps = (share[:count] / share.sum() * room).long().tolist()
+        where = torch.randint(length, (count,), generator=draw).tolist()
+        # numbers, not tensors: a copy to the device would wait for it
+        return sum(((at >= w) * jump for w, jump in zip(where, jumps, strict=True)), at)[None]
 
     def forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Hidden states after the last norm. What the model does without its look at the
@@ -250,7 +251,7 @@ class Trainer:
 
 
 def build_model(args: argparse.Namespace, vocabulary: int, eos: int) -> Any:
-    """A GlmForCausalLM with tied embeddings; deeper layers write with smaller weights at first."""
+    """A GlmForCausalLM with tied embeddings, untrained."""
     from transformers import GlmConfig, GlmForCausalLM
 
     config = GlmConfig(
@@ -275,15 +276,47 @@ def build_model(args: argparse.Namespace, vocabulary: int, eos: int) -> Any:
         attn_implementation="sdpa",
     )
     model = GlmForCausalLM(config)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() < 2:
-                continue
-            fan = args.hidden**-0.5
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                fan = weight.shape[1] ** -0.5 / (2 * args.layers) ** 0.5
-            weight.normal_(0, 0.02 if "embed" in name else fan)
+    initialise(model, args)
     return model
+
+
+@torch.no_grad()
+def initialise(model: Any, args: argparse.Namespace) -> None:
+    """Weights that start near what recall needs, so that it comes in seconds.
+
+    Every weight keeps its input's scale. Embeddings are large, so that tokens show through the
+    layers, and the last norm's weight small, so that the first predictions are even. Heads write
+    back what they read (``o = v^T``), which the tied output layer takes for a copied token. In the
+    first ``--local-layers`` layers, the heads of KV head 0 look a few tokens back: biases on q and
+    k that differ by RoPE's turn at that offset.
+    """
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2:
+            weight.normal_(0, 0.5 if "embed" in name else weight.shape[1] ** -0.5)
+    model.model.norm.weight.fill_(4 / model.config.hidden_size)
+    scale = (2 * args.layers) ** -0.5
+    group, dim = args.heads // args.kv_heads, args.head_dim
+    frequencies = model.model.rotary_emb.inv_freq
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.down_proj.weight.mul_(scale)
+        attention = layer.self_attn
+        values = attention.v_proj.weight.view(args.kv_heads, dim, -1)
+        back = values.repeat_interleave(group, 0).flatten(0, 1).T
+        attention.o_proj.weight.copy_(back * scale)
+        if number >= args.local_layers:
+            continue
+        turn = torch.polar(
+            torch.full_like(frequencies, args.local_strength),
+            2 * torch.pi * torch.rand(len(frequencies)),
+        )
+        rotary = 2 * len(frequencies)
+        attention.k_proj.bias[:rotary] = torch.view_as_real(turn).flatten()
+        for head in range(group):
+            offset = 1 + head + number * (group - 1)  # 1 2 3 4, then 4 5 6 7
+            seen = turn * torch.polar(torch.ones_like(frequencies), -offset * frequencies)
+            attention.q_proj.bias[head * dim : head * dim + rotary] = torch.view_as_real(
+                seen
+            ).flatten()
 
 
 def fast_norms(model: Any) -> None:
@@ -435,6 +468,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--kv-heads", type=int, default=2)
     add("--head-dim", type=int, default=64)
     add("--theta", type=float, default=5e5, help="base of RoPE's frequencies")
+    add("--local-layers", type=int, default=1, help="layers that start with local heads")
+    add("--local-strength", type=float, default=7.0, help="how local; 0: not")
     add("--lr", type=float, default=2e-3)
     add("--beta2", type=float, default=0.98)
     add("--decay", type=float, default=0.01)
@@ -454,7 +489,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tokens", type=int, help="per step, instead of the plan's")
     add("--max-length", type=int, default=HORIZON, help="cuts the plan's lengths")
     add("--horizon", type=int, default=HORIZON, help="positions that jumps reach")
-    add("--jumps-from", type=float, default=0.5, help="share of the budget before positions jump")
+    add("--jumps-from", type=float, default=0.35, help="share of the budget before positions jump")
     add("--compile", action="store_true", help="torch.compile the layers")
     add("--eval-lengths", type=int, nargs="*", default=[1024, 8192, 32768, 65536, 131072])
     add("--eval-examples", type=int, default=16)
