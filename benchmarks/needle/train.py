@@ -187,7 +187,7 @@ class Trainer:
         wish += torch.rand(wish.shape, generator=self.source._draw, device=self.device)
         picked = wish.topk(max(1, len(labels) // SCORED), sorted=False).indices
         labels, kinds = labels[picked], kinds[picked]
-        logits = self.model.lm_head(hidden[picked]).float()
+        logits = self.model.lm_head(hidden.index_select(0, picked)).float()
         losses = F.cross_entropy(logits, labels, reduction="none")
         counts = torch.zeros(len(self.sums), device=self.device)
         counts.index_add_(0, kinds, torch.ones_like(losses))
