@@ -1,0 +1,1 @@
+"""Synthetic long-context tasks, and the small model trained on them."""
