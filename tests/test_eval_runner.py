@@ -21,6 +21,15 @@ SMALL = ["--lengths", "512", "--density", "0.8", "--examples", "2", "--depths", 
          "--device", "cpu", "--no-progress", "--budget", "64", "--outliers", "2"]  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """In matrices as small as these, threads mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def fakes(monkeypatch):
     eval_fakes.install(monkeypatch)

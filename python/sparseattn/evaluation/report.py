@@ -97,9 +97,11 @@ def _score_table(
     columns = ["method", *_FACTS, *map(name, values), *mean, "better/worse"]
     counts = [len(cell["examples"]) for cell in cells]
     error = 50 / min(counts) ** 0.5
+    few, many = min(counts), max(counts)
     note = (
-        f"Scores in per cent, {min(counts)} to {max(counts)} examples a cell (standard error at "
-        f"most {error:.0f}); better/worse: examples that score higher or lower than dense."
+        f"Scores in per cent, {few if few == many else f'{few} to {many}'} examples a cell "
+        f"(standard error at most {error:.1f}); better/worse: examples that score higher or "
+        "lower than dense."
     )
     return Table(title, columns, rows, [note])
 

@@ -189,6 +189,8 @@ class Runner:
         needed = (2 * cached + working) * weight.element_size() * tokens
         if weight.is_cuda:
             free, most = torch.cuda.mem_get_info(weight.device)[0], _MOST_BATCHED
+            free += torch.cuda.memory_reserved(weight.device)  # held, but not in use
+            free -= torch.cuda.memory_allocated(weight.device)
         else:
             free, most = available_memory(), _MOST_BATCHED // 8
         return int(min(most, max(1, free / 2 // needed)))
