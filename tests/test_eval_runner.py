@@ -308,6 +308,16 @@ def test_smoke(fakes, tmp_path):
     assert {key[1] for key in cells_of(tmp_path)} == set(methods.DEFAULT)
 
 
+def test_the_shipped_model(tmp_path):
+    models = pytest.importorskip("sparseattn.evaluation.model")
+    if "needle" not in models.names():
+        pytest.skip("its weights are not there")
+    assert cli.main(["eval", "--smoke", "--no-progress", "--output", str(tmp_path)]) == 0
+    cells = cells_of(tmp_path)
+    assert {key[1] for key in cells} == set(methods.DEFAULT)
+    assert all(row["output"] for row in cells["niah", "dense", "niah_single", 1024]["examples"])
+
+
 def test_a_given_config_is_taken_as_it_is(fakes, tmp_path):
     PatternConfig.uniform(AShape(2, 60), 2, 8).save(tmp_path / "own.json")
     options = [
@@ -333,7 +343,7 @@ def test_a_given_config_is_taken_as_it_is(fakes, tmp_path):
     (["--lengths", "8"], "--lengths: expected at least 64 tokens, got 8"),
     (["--density", "1.5"], "--density: expected 0 < density < 1, got 1.5"),
     (["--density", "0.2"], "--lengths: expected at least 2425 tokens to search patterns"),
-    (["--share", "2"], "VerticalSlash.share: expected"),
+    (["--share", "2"], "--share: expected 1e-6 <= share <= 1, got 2.0"),
     (["--rank", "24"], "rank: expected a positive multiple of 16, got 24"),
     (["--examples", "0"], "--examples: expected at least 1, got 0"),
     (["--ppl-steps", "0"], "--ppl-steps: expected at least 1, got 0"),

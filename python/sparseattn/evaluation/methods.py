@@ -276,7 +276,8 @@ def check(
     """Refuses at the start what would fail later; ValueError names the option."""
     if not 0 < density < 1:
         raise ValueError(f"--density: expected 0 < density < 1, got {density}")
-    adaptive_of(TILE, share)  # its error names the share
+    if not 1e-6 <= share <= 1:
+        raise ValueError(f"--share: expected 1e-6 <= share <= 1, got {share}")
     config = model.config
     weight = next(model.parameters())
     if any(method.prefill != "dense" for method in methods):

@@ -30,6 +30,7 @@ class Record:
         self.path, self.settings = path, settings
         self.machines: list[dict[str, Any]] = []
         self._cells: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._texts: dict[tuple[Any, ...], str] = {}  # of cells, as they are written
         if path.is_file():
             self._read()
         if machine not in self.machines:
@@ -72,6 +73,7 @@ class Record:
     def add(self, cell: dict[str, Any]) -> None:
         """Adds a finished cell and writes the file, which is whole at any time."""
         self._cells[key_of(cell)] = cell
+        self._texts.pop(key_of(cell), None)
         self.write()
 
     def data(self) -> dict[str, Any]:
@@ -85,17 +87,17 @@ class Record:
 
     def write(self) -> None:
         """One line for every cell's facts and one for every example."""
+        for key, cell in self._cells.items():
+            if key not in self._texts:
+                self._texts[key] = _text_of(cell)
         head = {key: value for key, value in self.data().items() if key != "cells"}
-        lines = [json.dumps(head, indent=1)[:-2] + ',\n "cells": [']
-        for number, cell in enumerate(self.cells):
-            facts = {key: value for key, value in cell.items() if key != "examples"}
-            rows = ",\n   ".join(
-                json.dumps(example, ensure_ascii=False) for example in cell["examples"]
-            )
-            comma = "," if number + 1 < len(self._cells) else ""
-            lines.append(
-                f'  {json.dumps(facts, ensure_ascii=False)[:-1]}, "examples": [\n   {rows}\n  ]}}'
-                + comma
-            )
-        lines.append(" ]\n}\n")
-        write_atomic(self.path, "\n".join(lines))
+        cells = ",\n".join(self._texts[key] for key in self._cells)
+        write_atomic(
+            self.path, json.dumps(head, indent=1)[:-2] + f',\n "cells": [\n{cells}\n ]\n}}\n'
+        )
+
+
+def _text_of(cell: dict[str, Any]) -> str:
+    facts = {key: value for key, value in cell.items() if key != "examples"}
+    rows = ",\n   ".join(json.dumps(row, ensure_ascii=False) for row in cell["examples"])
+    return f'  {json.dumps(facts, ensure_ascii=False)[:-1]}, "examples": [\n   {rows}\n  ]}}'
