@@ -147,7 +147,8 @@ def disable(model: Any) -> Any:
 
 def is_enabled(model: Any) -> bool:
     """Whether ``enable`` was called for the model, and ``disable`` not since."""
-    return hasattr(model, _PREVIOUS) and model.config._attn_implementation == NAME
+    states = (hasattr(module, _STATE) for module in _attention_modules(model))
+    return model.config._attn_implementation == NAME and all(states)
 
 
 def prefill(
