@@ -23,8 +23,9 @@ batch 1, 2^20 tokens, ShadowKVCache with values on the host, in the last layer's
     ================================================  ===========  =========
 
 62 GiB are 66.5 GB. Compressing the keys comes before the attention, when there is no output yet,
-and takes at most 4 (the factor and landmarks once more, a contiguous copy of the values); the MLP
-of a slice of 32768 tokens takes 3.5, when output, keys and values are gone.
+and takes at most 4 (the factor twice and the landmarks once more, a contiguous copy of the values,
+slices of 8192 tokens in fp32); the MLP of a slice of 32768 tokens takes 3.5, when output, keys and
+values are gone.
 """
 
 from __future__ import annotations

@@ -150,14 +150,9 @@ class ShadowState:
         )
 
     def _factor_of(self, keys: Tensor, first: int) -> Tensor:
-        """Rows [B, 1, n, rank] of the factor for keys after RoPE, a slice at a time."""
-        batch, _, tokens, _ = keys.shape
-        factor = self.basis.new_empty(batch, 1, tokens, self.basis.shape[2])
-        for at in range(0, tokens, _SLICE):
-            rows = self.rope.undo(keys[:, :, at : at + _SLICE], first + at)
-            out = factor[:, 0, at : at + _SLICE]
-            shadow.shadow_project(rows, self.basis, self.mean, out=out)
-        return factor
+        """Rows [B, 1, n, rank] of the factor for keys after RoPE."""
+        rows = self.rope.undo(keys, first)
+        return shadow.shadow_project(rows, self.basis, self.mean)[:, None]
 
     def _add_chunks(self, keys: Tensor, values: Tensor) -> Tensor:
         """Appends whole chunks of tokens, the next ones; returns their smallest cosines."""
@@ -168,7 +163,11 @@ class ShadowState:
         cosine = torch.empty(batch, heads, count, dtype=torch.float32, device=keys.device)
         shadow.shadow_landmarks_(keys, landmarks, cosine, chunk=chunk)
         stored = values.reshape(batch, heads, count, chunk * dim)
-        factor = self._factor_of(keys, first)
+        parts = [
+            self._factor_of(keys[:, :, at : at + _SLICE], first + at)
+            for at in range(0, tokens, _SLICE)
+        ]
+        factor = torch.cat(parts, dim=2)
         excluded = torch.zeros(batch, heads, count, 1, dtype=torch.bool, device=keys.device)
         if self.chunks == 0:
             self.factor = _Rows("the keys' factor", factor)
