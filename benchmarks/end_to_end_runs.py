@@ -178,7 +178,7 @@ class HostPool:
         own = self.module.HostMemory
 
         def lend(nbytes: int, device: torch.device) -> Any:
-            fitting = [piece for piece in self.pieces if piece.nbytes >= nbytes]
+            fitting = [piece for piece in self.pieces if piece.nbytes >= nbytes > 0]
             if not fitting:
                 return own(nbytes, device)
             piece = min(fitting, key=lambda x: x.nbytes)

@@ -142,3 +142,35 @@ def test_refusals(script, capsys, arguments, message):
     with pytest.raises(SystemExit):
         script("end_to_end").main(["--smoke", *arguments])
     assert message in capsys.readouterr().err
+
+
+def test_pool_lends_its_memory_and_gets_it_back(script, monkeypatch):
+    """Pieces that fit are lent, the smallest first, nothing for no bytes; others are taken anew."""
+    runs = script("end_to_end_runs")
+
+    class Memory:
+        def __init__(self, nbytes, device):
+            self.nbytes, self.tensor = nbytes, None
+
+        def free(self):
+            pass
+
+    class Module:
+        HostMemory = Memory
+
+    pool = runs.HostPool(torch.device("cpu"))
+    pool.module = Module
+    pool.reserve(2, 100)
+    assert pool.nbytes == 200 and pool.reserve(2, 90) >= 0 and pool.nbytes == 200
+    with pool.lending():
+        assert Module.HostMemory(0, None).nbytes == 0 and len(pool.pieces) == 2
+        first, second = Module.HostMemory(80, None), Module.HostMemory(100, None)
+        assert not pool.pieces and Module.HostMemory(10, None).nbytes == 10
+        first.free()
+        first.free()
+        assert len(pool.pieces) == 1
+        del second
+        assert len(pool.pieces) == 2
+    assert Module.HostMemory is Memory
+    pool.reserve(3, 200)
+    assert [piece.nbytes for piece in pool.pieces] == [200, 200, 200] and pool.nbytes == 600
