@@ -149,6 +149,41 @@ def disable(model: Any) -> Any:
     return model
 
 
+def is_enabled(model: Any) -> bool:
+    """Whether ``enable`` was called for the model, and ``disable`` not since."""
+    states = (hasattr(module, _STATE) for module in _attention_modules(model))
+    return model.config._attn_implementation == NAME and all(states)
+
+
+def prefill(
+    model: Any, input_ids: Tensor, past_key_values: Any = None, *, slice_tokens: int = 32768
+) -> Tensor:
+    """Read a prompt that is too long for the model's own forward; returns logits ``[B, 1, vocab]``.
+
+    What ``model(input_ids, past_key_values=past_key_values, logits_to_keep=1).logits`` returns,
+    and the cache is as after it, so ``model.generate`` or single steps go on from there. But
+    norms, projections, RoPE and the MLP run on ``slice_tokens`` tokens at a time; the attention of
+    a layer is one call over all tokens, with the layer's patterns; keys and values exist for one
+    layer at a time, besides what the cache keeps of them. ``sparseattn.long_prefill`` has the sum:
+    2^20 tokens of Llama-3-8B with a ``ShadowKVCache`` take 62 GiB.
+
+    Args:
+        model: one that ``enable`` takes, enabled, with its language model head, on one device.
+        input_ids: int32 or int64 ``[B, N]`` on the model's device, without padding.
+        past_key_values: a transformers cache, also one that holds an earlier text, after which the
+            prompt is appended; None keeps nothing.
+        slice_tokens: in a slice. Results do not depend on it, but for rounding.
+
+    Raises:
+        TypeError, ValueError: a model without a head, of another family, not enabled, in training
+            mode or on several devices; bad input_ids or slice_tokens; a sliding window that is
+            shorter than the text.
+    """
+    from sparseattn import long_prefill
+
+    return long_prefill.prefill(model, input_ids, past_key_values, slice_tokens)
+
+
 def _register() -> None:
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
@@ -314,10 +349,7 @@ def attention(
         return layer.attend(query, scaling).transpose(1, 2).contiguous(), None
     q_len = query.shape[2]
     starts, kv_len = _key_range(attention_mask, q_len, key.shape[2])
-    if sliding_window is not None and kv_len > sliding_window:
-        raise ValueError(
-            f"sliding_window: expected at least kv_len = {kv_len}, got {sliding_window}"
-        )
+    _check_window(sliding_window, kv_len)
     key, value = key[:, :, :kv_len], value[:, :, :kv_len]
 
     if not any(starts):
@@ -337,6 +369,34 @@ def attention(
                     state, query[one, :, row:], key[one, :, start:], value[one, :, start:], scaling
                 )
     return out.transpose(1, 2).contiguous(), None
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_len: int,
+    scaling: float | None,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """The attention function for sequences without padding, and without transformers' layout.
+
+    Keys from ``kv_len`` on are the unused end of a static cache. Returns ``[B, Hq, q_len, D]``.
+    """
+    layer = getattr(key, MARK, None)
+    if layer is not None:
+        return layer.attend(query, scaling)
+    _check_window(sliding_window, kv_len)
+    state = getattr(module, _STATE)
+    return _attend(state, query, key[:, :, :kv_len], value[:, :, :kv_len], scaling)
+
+
+def _check_window(sliding_window: int | None, kv_len: int) -> None:
+    if sliding_window is not None and kv_len > sliding_window:
+        raise ValueError(
+            f"sliding_window: expected at least kv_len = {kv_len}, got {sliding_window}"
+        )
 
 
 def _refuse_options(

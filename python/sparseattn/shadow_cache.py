@@ -67,8 +67,11 @@ class ShadowKVLayer(CacheLayerMixin):
         return marked
 
     def _grow_dense(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        keys = torch.cat((self.keys, key_states), dim=2)
-        values = torch.cat((self.values, value_states), dim=2)
+        if self.keys.shape[2] == 0 and key_states.shape[2] > self.dense_limit:
+            keys, values = key_states, value_states  # compressed at once: no copy of a long text
+        else:
+            keys = torch.cat((self.keys, key_states), dim=2)
+            values = torch.cat((self.values, value_states), dim=2)
         if keys.shape[2] > self.dense_limit:
             rope = Rope.of_config(self.config, keys.shape[2])
             self.state = ShadowState(self.options, rope, keys, values)
