@@ -153,7 +153,8 @@ class ShadowKVCache(Cache):
         value_slots: chunks of values at hand for each key/value head (default: three halves of the
             budget); only chunks that are not are read from the store.
         value_store: "device", "host", or "auto": on the device if they take at most a quarter of
-            its free memory.
+            its free memory. "host" memory is pinned, exactly as large as the values and room for
+            more, and given back by ``reset`` or with the cache.
 
     All sequences of a batch have the same length; left padding is refused by the decode step.
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sparseattn import shadow
 from sparseattn.rope import Rope
+from sparseattn.shadow_rows import HostRows, Rows, allocate
 
 #: Types of devices that have all operators of a compressed layer.
 DEVICES = ("cpu", "cuda")
@@ -45,61 +46,6 @@ class ShadowOptions:
     def dense_limit(self) -> int:
         """Texts up to this length are kept as they are: compressed they would need no less."""
         return self.chunk * (self.top_k + self.outliers + self.sinks) + self.local + self.flush
-
-
-def _allocate(what: str, shape: tuple[int, ...], like: Tensor, *, host: bool = False) -> Tensor:
-    """An empty tensor of like's dtype; MemoryError says how much was needed."""
-    needed = torch.Size(shape).numel() * like.element_size()
-    try:
-        if host and like.is_cuda:
-            return torch.empty(shape, dtype=like.dtype, pin_memory=True)
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
-    except RuntimeError as error:
-        place = "host memory (pinned)" if host else f"memory of {like.device}"
-        raise MemoryError(
-            f"ShadowKVCache: {what} needs {needed / 2**20:.1f} MiB of {place}: {error}"
-        ) from error
-
-
-class _Rows:
-    """A tensor [B, H, rows, D] that grows at its end, with room to spare."""
-
-    def __init__(self, what: str, rows: Tensor, *, host: bool = False):
-        self.what, self.host = what, host
-        self.length = 0
-        self.data = _allocate(what, (*rows.shape[:2], 0, rows.shape[3]), rows, host=host)
-        self.append(rows)
-
-    @property
-    def rows(self) -> Tensor:
-        return self.data[:, :, : self.length]
-
-    def reserve(self, length: int, like: Tensor) -> None:
-        if length <= self.data.shape[2]:
-            return
-        room = length + length // 32 + 64
-        shape = (*self.data.shape[:2], room, self.data.shape[3])
-        grown = _allocate(self.what, shape, like, host=self.host)
-        grown[:, :, : self.length] = self.rows
-        self.data = grown
-
-    def append(self, rows: Tensor) -> None:
-        length = self.length + rows.shape[2]
-        self.reserve(length, rows)
-        self.data[:, :, self.length : length] = rows
-        self.length = length
-
-    def drop(self, first: int, count: int) -> None:
-        """Removes rows [first, first + count)."""
-        moved = self.data[:, :, first + count : self.length].clone()
-        self.length -= count
-        self.data[:, :, first : self.length] = moved
-
-    def select(self, index: Tensor) -> None:
-        picked = self.data.index_select(0, index.to(self.data.device))
-        if self.host and not picked.is_pinned() and torch.cuda.is_available():
-            picked = picked.pin_memory()
-        self.data = picked
 
 
 class ShadowState:
@@ -128,7 +74,7 @@ class ShadowState:
         cosine = self._add_chunks(keys[:, :, :count], values[:, :, :count])
         self._keep_exact(keys, values, cosine, count)
         slots = (batch, heads, options.slots)
-        self.slots = _allocate("values at hand", (*slots, chunk * dim), values)
+        self.slots = allocate("values at hand", (*slots, chunk * dim), values)
         self.slot_chunk = torch.full(slots, -1, dtype=torch.int32, device=keys.device)
         self.last_used = torch.zeros(slots, dtype=torch.int32, device=keys.device)
 
@@ -170,10 +116,10 @@ class ShadowState:
         factor = torch.cat(parts, dim=2)
         excluded = torch.zeros(batch, heads, count, 1, dtype=torch.bool, device=keys.device)
         if self.chunks == 0:
-            self.factor = _Rows("the keys' factor", factor)
-            self.landmarks = _Rows("landmarks", landmarks)
-            self.excluded = _Rows("the list of exact chunks", excluded)
-            self.store = _Rows("values", stored, host=self.host)
+            self.factor = Rows("the keys' factor", factor)
+            self.landmarks = Rows("landmarks", landmarks)
+            self.excluded = Rows("the list of exact chunks", excluded)
+            self.store = (HostRows if self.host else Rows)("values", stored)
         else:
             # Reserved before any of them is changed: running out of memory changes nothing.
             total = self.chunks + count
@@ -201,8 +147,8 @@ class ShadowState:
             rows = shadow.chunk_rows(x, self.outliers, chunk=options.chunk)
             return torch.cat((rows, x[:, :, compressed:]), dim=2)
 
-        self.keys = _Rows("exact keys", exact(keys))
-        self.values = _Rows("exact values", exact(values))
+        self.keys = Rows("exact keys", exact(keys))
+        self.values = Rows("exact values", exact(values))
 
     # --- growth --------------------------------------------------------------------------------
 
@@ -256,7 +202,8 @@ class ShadowState:
         exact = self.keys.data[:, :, : self.first].reshape(batch, heads, -1, options.chunk * dim)
         index = self.outliers.long()[..., None].expand_as(exact)
         keys = chunked.scatter(2, index, exact).view_as(keys)
-        values = self.store.rows.to(place).reshape(batch, heads, self.compressed, dim)
+        stored = self.store.on_device() if isinstance(self.store, HostRows) else self.store.rows
+        values = stored.reshape(batch, heads, self.compressed, dim)
         tail = slice(self.first, self.keys.length)
         return (
             torch.cat((keys, self.keys.data[:, :, tail]), dim=2),

@@ -79,7 +79,8 @@ Status gather_values(const GatherValues& in, cudaStream_t stream) {
   cudaPointerAttributes attributes{};
   const Status status = cuda::to_status(cudaPointerGetAttributes(&attributes, in.store.data));
   if (!status.ok()) return status;
-  if (attributes.devicePointer == nullptr) {
+  // Pinned memory may be allocated or registered: the driver calls both cudaMemoryTypeHost.
+  if (attributes.type == cudaMemoryTypeUnregistered || attributes.devicePointer == nullptr) {
     return {1,
             "gather_values: store: expected device memory or pinned host memory, got host "
             "memory that the device cannot read"};
