@@ -146,9 +146,9 @@ def test_registered_memory_is_what_the_operators_take():
     shadow.gather_values_(rows.rows, values, misses, count)
     assert torch.equal(values[:, :, [5, 0]], source[:, :, [29, 3]])
     plain = rows.rows.clone()
-    with pytest.raises(ValueError, match="store: expected device memory or pinned host memory"):
+    with pytest.raises(RuntimeError, match="store: expected device memory or pinned host memory"):
         shadow.gather_values_(plain, values, misses, count)
     view = rows.rows
     rows.memory.free()
-    with pytest.raises(ValueError, match="store: expected device memory or pinned host memory"):
+    with pytest.raises(RuntimeError, match="store: expected device memory or pinned host memory"):
         shadow.gather_values_(view, values, misses, count)
