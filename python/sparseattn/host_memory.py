@@ -72,7 +72,7 @@ class HostMemory:
                 pages_map.madvise(mmap.MADV_HUGEPAGE)
         self._data = torch.frombuffer(pages_map, dtype=torch.uint8)
         self._finalizer = None
-        if device.type == "cuda":
+        if device.type == "cuda" and nbytes > 0:
             self._data[:: mmap.PAGESIZE] = 0  # all threads bring the pages; the driver uses one
             _register(self._data, device)
             self._finalizer = weakref.finalize(self, _release, self._data, device, os.getpid())

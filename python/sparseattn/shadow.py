@@ -103,7 +103,7 @@ def shadow_project(
     """Rows of the factor: ``factor [batch, rows, rank]`` of the dtype of ``basis``.
 
     ``k [batch, kv_heads, rows, head_dim]`` before RoPE, ``basis`` and ``mean`` of
-    :func:`shadow_basis`. The mean is subtracted in fp32 before anything is rounded, 4096 rows at a
+    :func:`shadow_basis`. The mean is subtracted in fp32 before anything is rounded, 16384 rows at a
     time, so no second copy of a long prompt is made. ``out``: where to write, e.g. rows of a larger
     factor.
     """
@@ -120,12 +120,16 @@ def shadow_project(
         raise ValueError(
             f"out: expected shape {[batch, rows, basis.shape[2]]}, got {list(out.shape)}"
         )
-    for first in range(0, rows, 4096):
-        piece = k[:, :, first : first + 4096]
-        if mean is not None:
-            piece = piece - mean.unsqueeze(2)
-        piece = piece.to(basis.dtype).transpose(1, 2).flatten(2)
-        out[:, first : first + 4096] = piece @ flat
+    size = max(1, min(rows, 16384))
+    buffer = k.new_empty((batch, size, *k.shape[1::2]), dtype=basis.dtype)
+    for first in range(0, rows, size):
+        piece = k[:, :, first : first + size].transpose(1, 2)
+        centred = buffer[:, : piece.shape[1]]
+        if mean is None:
+            centred.copy_(piece)
+        else:  # one kernel: the difference in fp32, rounded where it is stored
+            torch.sub(piece, mean.unsqueeze(1), out=centred)
+        torch.matmul(centred.flatten(2), flat, out=out[:, first : first + size])
     return out
 
 

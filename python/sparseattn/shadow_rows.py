@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparseattn import shadow
 from sparseattn.host_memory import HostMemory
 
 
@@ -67,62 +68,91 @@ class Rows:
         return allocate(self.what, shape, like)
 
 
-class HostRows(Rows):
-    """Rows in host memory, pinned where they come from a GPU.
+class StoredRows(Rows):
+    """Rows [B, H, rows, group * D] that :func:`sparseattn.shadow.store_rows_` writes.
 
-    Copies to and from the device are queued on the current stream, a piece for each head, and not
-    waited for. Growing and selecting, which the host does itself, wait for the device and need the
-    memory of this one tensor twice, for as long as they take.
+    They may be quantised: then ``data`` is float8_e4m3fn, and ``scales`` [B, H, rows] on the device
+    of what is appended. They may be in host memory, pinned where that device is a GPU; growing and
+    selecting them, which the host does itself, wait for the device, and need the memory of this one
+    tensor twice for as long as they take. Appending waits for nothing.
     """
 
-    def __init__(self, what: str, rows: Tensor):
-        self.what, self.device = what, rows.device
+    def __init__(self, what: str, x: Tensor, *, group: int, quantised: bool, host: bool = False):
+        """x: the first rows, [B, H, n * group, D]."""
+        self.what, self.group = what, group
+        self.dtype, self.device = x.dtype, x.device
         self.length = 0
-        self.data = torch.empty(*rows.shape[:2], 0, rows.shape[3], dtype=rows.dtype)
-        self.memory: HostMemory | None = None
-        self.append(rows)
+        self.host = HostMemory(0, x.device) if host else None
+        empty = torch.empty(*x.shape[:2], 0, group * x.shape[3], device="cpu" if host else x.device)
+        self.data = empty.to(torch.float8_e4m3fn if quantised else x.dtype)
+        self.scales: Tensor | None = None
+        if quantised:
+            self.scales = torch.empty(*x.shape[:2], 0, dtype=torch.float32, device=x.device)
+        self.append(x)
+
+    @property
+    def scale_rows(self) -> Tensor | None:
+        return None if self.scales is None else self.scales[:, :, : self.length]
 
     def reserve(self, length: int, like: Tensor) -> None:
         if length > self.data.shape[2]:
             self._replace(range(self.data.shape[0]), room_for(length))
 
-    def append(self, rows: Tensor) -> None:
-        length = self.length + rows.shape[2]
-        self.reserve(length, rows)
-        self._copy(self.data[:, :, self.length : length], rows)
+    def append(self, x: Tensor) -> None:
+        length = self.length + x.shape[2] // self.group
+        self.reserve(length, x)
+        shadow.store_rows_(x, self.data, self.scales, first=self.length)
         self.length = length
 
     def drop(self, first: int, count: int) -> None:
-        raise NotImplementedError("rows in host memory are not dropped")
+        raise NotImplementedError(f"{self.what}: stored rows are not dropped")
 
     def select(self, index: Tensor) -> None:
         self._replace(index.tolist(), self.data.shape[2])
 
-    def on_device(self) -> Tensor:
-        like = torch.empty(0, dtype=self.data.dtype, device=self.device)
+    def numbers(self) -> Tensor:
+        """The rows as they were appended, or as far as that was kept, on their device."""
+        if self.scales is None and self.host is None:
+            return self.rows
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
         rows = allocate(self.what, tuple(self.rows.shape), like)
-        self._copy(rows, self.rows)
+        ids = torch.arange(self.length, dtype=torch.int32, device=self.device)
+        lists = rows.shape[:2]
+        shadow.gather_values_(
+            self.rows,
+            rows,
+            ids[:, None].expand(*lists, -1, 2).contiguous(),
+            torch.full(lists, self.length, dtype=torch.int32, device=self.device),
+            store_scale=self.scale_rows,
+        )
         return rows
 
-    def _copy(self, to: Tensor, rows: Tensor) -> None:
-        """Pieces are contiguous: of others torch makes a pageable copy, and waits for it."""
-        rows = rows.contiguous() if rows.is_cuda else rows
-        for target, source in zip(to.flatten(0, 1), rows.flatten(0, 1), strict=True):
-            target.copy_(source, non_blocking=True)
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
     def _replace(self, sequences: Sequence[int], room: int) -> None:
-        """Moves the rows of ``sequences`` into memory of their own, then frees the old one."""
-        old, memory, length = self.data, self.memory, self.length
+        """Moves the rows of ``sequences`` into memory of their own; all is allocated first."""
+        old, length = self.data, self.length
         shape = (len(sequences), old.shape[1], room, old.shape[3])
-        try:
-            new = HostMemory(torch.Size(shape).numel() * old.element_size(), self.device)
-        except MemoryError as error:
-            raise MemoryError(f"ShadowKVCache: {self.what}: {error}") from error
-        data = new.tensor(shape, old.dtype)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        for target, sequence in zip(data, sequences, strict=True):
-            target[:, :length] = old[sequence, :, :length]
-        self.data, self.memory = data, new
-        if memory is not None:
-            memory.free()
+        scales, memory = self.scales, None
+        if scales is not None:
+            scales = allocate(self.what, shape[:3], scales)
+        if self.host is None:
+            data = allocate(self.what, shape, old)
+        else:
+            try:
+                memory = HostMemory(torch.Size(shape).numel() * old.element_size(), self.device)
+            except MemoryError as error:
+                raise MemoryError(f"ShadowKVCache: {self.what}: {error}") from error
+            data = memory.tensor(shape, old.dtype)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        for place, sequence in enumerate(sequences):
+            data[place, :, :length] = old[sequence, :, :length]
+            if scales is not None and self.scales is not None:
+                scales[place, :, :length] = self.scales[sequence, :, :length]
+        self.data, self.scales = data, scales
+        if memory is not None and self.host is not None:
+            self.host.free()
+            self.host = memory
