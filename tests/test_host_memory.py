@@ -8,12 +8,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers import PLACES, cuda_reason, randn
+from helpers import PLACES, randn
 from shadow_inputs import needs
 
-from sparseattn import host_memory, shadow
+from sparseattn import host_memory, reference, shadow
 from sparseattn.host_memory import HostMemory
-from sparseattn.shadow_rows import HostRows, room_for
+from sparseattn.shadow_rows import StoredRows, room_for
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -100,55 +100,71 @@ def test_more_than_there_is_is_refused_before_it_is_touched(driver, monkeypatch)
     assert 0 < host_memory.available() < 2**60
 
 
-def grown(place, steps: int) -> tuple[HostRows, torch.Tensor]:
-    parts = [randn(2, 3, 40, 16, place=place, seed=i) for i in range(steps)]
-    rows = HostRows("values", parts[0])
+def grown(place, steps: int, **options) -> tuple[StoredRows, torch.Tensor]:
+    """Rows of four times 16 numbers, and what they were made of."""
+    parts = [randn(2, 3, 160, 16, place=place, seed=i) for i in range(steps)]
+    options = {"group": 4, "quantised": False, "host": True} | options
+    rows = StoredRows("values", parts[0], **options)
     for part in parts[1:]:
         rows.append(part)
-    return rows, torch.cat(parts, dim=2)
+    return rows, torch.cat(parts, dim=2).unflatten(2, (-1, 4)).flatten(3)
 
 
-def test_rows_grow_in_few_steps(place):
-    rows, expected = grown(place, 6)
-    assert torch.equal(rows.on_device(), expected) and rows.on_device().device == expected.device
+@pytest.mark.parametrize("host", [True, False])
+@pytest.mark.parametrize("quantised", [True, False])
+def test_rows_grow_in_few_steps(quantised, host, place):
+    needs(place, "store_rows_", "gather_values_")
+    rows, source = grown(place, 6, quantised=quantised, host=host)
+    expected = source
+    if quantised:
+        bytes_, scale = reference.quantise_rows(source)
+        expected = reference.dequantise_rows(bytes_, scale).to(place.dtype)
+    got = rows.numbers()
+    assert torch.equal(got, expected) and got.device == source.device
     assert rows.data.shape[2] == room_for(200)  # after 40 and 120
-    assert rows.data.device == CPU and rows.memory.nbytes == rows.data.nbytes
+    assert rows.data.device.type == ("cpu" if host else place.device)
+    assert rows.data.element_size() == (1 if quantised else source.element_size())
+    assert not host or rows.host.nbytes == rows.data.nbytes
     rows.select(torch.tensor([1, 0, 1, 1], device=place.device))
-    assert torch.equal(rows.on_device(), expected[[1, 0, 1, 1]])
-    rows.append(expected[[0, 0, 0, 0]][:, :, :5])
-    assert torch.equal(rows.on_device()[:, :, -5:], expected[[0, 0, 0, 0]][:, :, :5])
+    assert torch.equal(rows.numbers(), expected[[1, 0, 1, 1]])
+    rows.append(source[[0, 0, 0, 0]][:, :, :5].unflatten(3, (4, 16)).flatten(2, 3))
+    assert torch.equal(rows.numbers()[:, :, -5:], expected[[0, 0, 0, 0]][:, :, :5])
 
 
 def test_rows_without_memory_stay_as_they_are(monkeypatch):
     rows, expected = grown(PLACES[0], 2)
+    more = expected.repeat(1, 1, 50, 1).unflatten(3, (4, 16)).flatten(2, 3)
     with monkeypatch.context() as patch:
         patch.setattr(host_memory, "available", lambda: 100.0)
         with pytest.raises(MemoryError, match=r"ShadowKVCache: values: [0-9.]+ MiB of host memory"):
-            rows.append(expected.repeat(1, 1, 50, 1))
-    assert torch.equal(rows.on_device(), expected)
-    rows.append(expected)
+            rows.append(more)
+    assert torch.equal(rows.numbers(), expected)
+    rows.append(more[:, :, :320])
     assert rows.length == 160
 
 
 @pytest.mark.cuda
 def test_registered_memory_is_what_the_operators_take():
-    if cuda_reason():
-        pytest.skip(cuda_reason())
     place = PLACES[2]
-    needs(place, "gather_values_")
-    source = randn(1, 2, 30, 8 * 128, place=place, seed=0)
+    needs(place, "gather_values_", "store_rows_")
+    source = randn(1, 2, 30 * 8, 128, place=place, seed=0)
     before = torch.cuda.memory_allocated()
-    rows = HostRows("values", source)
+    rows = StoredRows("values", source, group=8, quantised=False, host=True)
     assert torch.cuda.memory_allocated() == before
+    source = source.unflatten(2, (30, 8)).flatten(3)
     values = torch.zeros(1, 2, 6, 8 * 128, device="cuda", dtype=place.dtype)
     misses = torch.tensor([[[(5, 29), (0, 3)]] * 2], dtype=torch.int32, device="cuda")
     count = torch.tensor([[2, 2]], dtype=torch.int32, device="cuda")
     shadow.gather_values_(rows.rows, values, misses, count)
     assert torch.equal(values[:, :, [5, 0]], source[:, :, [29, 3]])
-    plain = rows.rows.clone()
-    with pytest.raises(RuntimeError, match="store: expected device memory or pinned host memory"):
-        shadow.gather_values_(plain, values, misses, count)
-    view = rows.rows
-    rows.memory.free()
-    with pytest.raises(RuntimeError, match="store: expected device memory or pinned host memory"):
-        shadow.gather_values_(view, values, misses, count)
+    torch.cuda.synchronize()
+    assert torch.equal(rows.rows, source.cpu())
+    refused = "store: expected device memory or pinned host memory"
+    x = source.unflatten(3, (8, 128)).flatten(2, 3)
+    for memory in (rows.rows.clone(), rows.rows):
+        if memory.data_ptr() == rows.data.data_ptr():
+            rows.host.free()
+        with pytest.raises(RuntimeError, match=refused):
+            shadow.gather_values_(memory, values, misses, count)
+        with pytest.raises(RuntimeError, match=refused):
+            shadow.store_rows_(x, memory)

@@ -223,7 +223,7 @@ def test_a_store_in_host_memory_changes_nothing():
     a, b = (model(tokens(3, 1, 4), past_key_values=x).logits for x in caches)
     assert torch.equal(a, b)
     assert caches[1].memory()["host_values"] == caches[0].memory()["store_values"]
-    memory = weakref.ref(caches[1].layers[0].state.store.memory)
+    memory = weakref.ref(caches[1].layers[0].state.store.host)
     caches[1].reset()
     assert memory() is None
 

@@ -121,7 +121,8 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     to fp32 are part of the definition.
     """
     x = x.float()
-    scale = x.abs().nan_to_num(nan=0.0, posinf=math.inf).amax(-1) / 448
+    largest = x.abs().nan_to_num(nan=0.0, posinf=math.inf).amax(-1)
+    scale = largest / torch.full_like(largest, 448)  # a number would be divided by otherwise
     quotient = torch.where(scale[..., None] > 0, x / scale[..., None], x)
     return quotient.clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
