@@ -302,7 +302,7 @@ def test_refused_if_quantised(op, case, main_place):
 def test_a_refused_call_writes_nothing(op, main_place):
     needs(main_place, op)
     args = good(op, main_place)
-    written = [x.name for x in torch_op(op)._schema.arguments if x.alias_info]
+    written = [x.name for x in torch_op(op)._schema.arguments if x.alias_info and x.name in args]
     name, damage = DAMAGE[op][-1]
     before = {x: args[x].clone() for x in written}
     with pytest.raises((ValueError, TypeError)):

@@ -72,9 +72,10 @@ class StoredRows(Rows):
     """Rows [B, H, rows, group * D] that :func:`sparseattn.shadow.store_rows_` writes.
 
     They may be quantised: then ``data`` is float8_e4m3fn, and ``scales`` [B, H, rows] on the device
-    of what is appended. They may be in host memory, pinned where that device is a GPU; growing and
-    selecting them, which the host does itself, wait for the device, and need the memory of this one
-    tensor twice for as long as they take. Appending waits for nothing.
+    of what is appended. They may be in host memory, pinned where that device is a GPU: appending
+    then waits for nothing, and the host may read them once it has waited for the device; growing
+    and selecting them, which the host does itself, wait for the device. Growing needs the memory of
+    this one tensor twice for as long as it takes, in both places.
     """
 
     def __init__(self, what: str, x: Tensor, *, group: int, quantised: bool, host: bool = False):
@@ -108,7 +109,14 @@ class StoredRows(Rows):
         raise NotImplementedError(f"{self.what}: stored rows are not dropped")
 
     def select(self, index: Tensor) -> None:
-        self._replace(index.tolist(), self.data.shape[2])
+        if self.host is not None:
+            self._replace(index.tolist(), self.data.shape[2])
+            return
+        index = index.to(self.device)
+        # As bytes: torch does not pick rows of fp8.
+        self.data = self.data.view(torch.uint8).index_select(0, index).view(self.data.dtype)
+        if self.scales is not None:
+            self.scales = self.scales.index_select(0, index)
 
     def numbers(self) -> Tensor:
         """The rows as they were appended, or as far as that was kept, on their device."""
