@@ -480,7 +480,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--mixture",
         type=float,
-        nargs=len(FAMILIES),
+        nargs=len(MIXTURE),
         default=MIXTURE,
         metavar="W",
         help=", ".join(FAMILIES[:-1]),

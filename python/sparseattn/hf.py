@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparseattn import policy
 from sparseattn.patterns import PATTERNS, Dense, Pattern
@@ -52,6 +53,9 @@ MARK = "_sparseattn_shadow"
 
 _STATE = "_sparseattn_layer"  # attribute of an attention module
 _PREVIOUS = "_sparseattn_previous"  # attribute of the model: the implementation to go back to
+#: Of torch's attention for few rows. Not cuDNN, torch's first choice on some GPUs: it builds a plan
+#: for every new kv_len, 40 ms each, and in decode every kv_len is new.
+_ROW_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _MAX_MASK_ELEMENTS = 2**24  # of the masks that dense attention builds, a tile of rows at a time
 
 
@@ -433,6 +437,7 @@ def _dense_rows(
             causal = (positions <= last[:, None]).repeat(group, 1)
             seen = causal if mask is None else mask & causal
         packed = tile.reshape(batch, kv_heads, group * rows, head_dim)
-        out = F.scaled_dot_product_attention(packed, k, v, attn_mask=seen, scale=scale)
+        with sdpa_kernel(_ROW_BACKENDS):
+            out = F.scaled_dot_product_attention(packed, k, v, attn_mask=seen, scale=scale)
         tiles.append(out.reshape(batch, heads, rows, head_dim))
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=2)

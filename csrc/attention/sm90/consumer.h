@@ -122,11 +122,11 @@ class Consumer {
         cute::warpgroup_wait<1>();
         finish_scores(word, scores, tile());
         float rescale[2];
-        const bool raised = softmax_.raise(scores, scale_log2_, rescale);
-        softmax_.exponentiate(scores, scale_log2_);
+        const bool moved = softmax_.shift(scores, scale_log2_, rescale);
+        softmax_.exponentiate(scores);
         stay_ahead(scores);
         finish_output(before);
-        if (__builtin_expect(raised, false)) scale_output(rescale);
+        if (moved) scale_output(rescale);
         softmax_.add(scores);
         pack(scores, probabilities);
         before = at_;
@@ -215,8 +215,8 @@ class Consumer {
                                               Probabilities& probabilities) {
     finish_scores(word, scores, tile());
     float rescale[2];
-    if (softmax_.raise(scores, scale_log2_, rescale)) scale_output(rescale);
-    softmax_.exponentiate(scores, scale_log2_);
+    if (softmax_.shift(scores, scale_log2_, rescale)) scale_output(rescale);
+    softmax_.exponentiate(scores);
     softmax_.add(scores);
     pack(scores, probabilities);
   }
@@ -401,7 +401,7 @@ class Consumer {
       }
       if (params_.lse != nullptr && thread_ % 4 == 0) {
         params_.lse[head_row * shape.q_len + query_row] =
-            sum > 0.f ? softmax_.max[row] * params_.scale + logf(sum) : -INFINITY;
+            sum > 0.f ? softmax_.reference[row] * 0.6931471805599453f + logf(sum) : -INFINITY;
       }
     }
   }
