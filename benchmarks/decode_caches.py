@@ -129,7 +129,9 @@ class GraphLayer(FixedLayer):
             scale=scale,
         )
         slot_of, misses, count = shadow.shadow_plan_(selected, state.slot_chunk, state.last_used)
-        shadow.gather_values_(state.store.rows, state.slots, misses, count)
+        shadow.gather_values_(
+            state.store.rows, state.slots, misses, count, store_scale=state.store.scale_rows
+        )
         missed = count.sum()
         state.misses += missed
         state.hits += selected.numel() - missed

@@ -168,3 +168,32 @@ def test_registered_memory_is_what_the_operators_take():
             shadow.gather_values_(memory, values, misses, count)
         with pytest.raises(RuntimeError, match=refused):
             shadow.store_rows_(x, memory)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("quantised", [True, False])
+def test_nobody_waits_but_who_frees(quantised):
+    """Appending and gathering queue behind a sleeping device; giving the memory back waits."""
+    place = PLACES[2]
+    needs(place, "gather_values_", "store_rows_")
+    rows, source = grown(place, 1, quantised=quantised)
+    rows.reserve(100, source)
+    torch.cuda.synchronize()
+    values = torch.zeros(2, 3, 80, 64, device="cuda", dtype=place.dtype)
+    ids = torch.arange(80, dtype=torch.int32, device="cuda")
+    pairs = ids[:, None].expand(2, 3, 80, 2).contiguous()
+    count = torch.full((2, 3), 80, dtype=torch.int32, device="cuda")
+    more = source.unflatten(3, (4, 16)).flatten(2, 3)
+    done = torch.cuda.Event()
+    torch.cuda._sleep(1_000_000_000)
+    rows.append(more)
+    shadow.gather_values_(rows.rows, values, pairs, count, store_scale=rows.scale_rows)
+    done.record()
+    assert not done.query()
+    del rows
+    assert done.query()
+    expected = source
+    if quantised:
+        numbers, scale = reference.quantise_rows(source)
+        expected = reference.dequantise_rows(numbers, scale).to(place.dtype)
+    assert torch.equal(values, torch.cat([expected, expected], 2))

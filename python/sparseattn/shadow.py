@@ -17,6 +17,7 @@ The order of calls, for every layer::
     factor = shadow_project(k, basis, mean)
     shadow_landmarks_(k_rotated, landmarks, min_cosine, chunk=8)
     outliers = shadow_outliers(min_cosine, count=48, sink_chunks=1)   # their keys, values: exact
+    store_rows_(v, store)                            # all values, chunk by chunk
 
     selected = shadow_select(q, landmarks, top_k=256, excluded=excluded)                # each step
     slot_of, misses, miss_count = shadow_plan_(selected, slot_chunk, last_used)
@@ -31,6 +32,9 @@ Batches of unequal length: ``q_lens``, ``kv_lens``, ``num_chunks``, ``first_chun
 and ``exact_starts`` are int32 or int64 tensors ``[batch]`` on the operators' device, clamped there
 to what the shapes allow and never read by the host; None means the whole length (the first row or
 chunk for ``first_chunk``, ``exact_starts``). What lies beyond them is not read, it may be NaN.
+
+fp8: a store and a factor may be ``torch.float8_e4m3fn`` with fp32 scales, one for each of their
+rows; :func:`store_rows_` writes them, the other operators take the scales beside them.
 
 On the CPU: float32 and bfloat16, head_dim 16, 32, 64, 96 or 128, sums in fp32. Everything else
 raises ``ValueError`` or ``TypeError`` that names the argument. There is no backward.
