@@ -129,7 +129,9 @@ class GraphLayer(FixedLayer):
             scale=scale,
         )
         slot_of, misses, count = shadow.shadow_plan_(selected, state.slot_chunk, state.last_used)
-        shadow.gather_values_(state.store.rows, state.slots, misses, count)
+        shadow.gather_values_(
+            state.store.rows, state.slots, misses, count, store_scale=state.store.scale_rows
+        )
         missed = count.sum()
         state.misses += missed
         state.hits += selected.numel() - missed
@@ -252,9 +254,13 @@ class Stores:
         count = self.layers if mode == "own" else 1
         self.memories = [HostMemory(device) for _ in range(count)]
         self.filled = [0] * count  # sequences
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # stores are written by kernels
         self.first = cache.layers[0].state.store.data.clone()  # of one sequence, for all layers
         for layer in cache.layers:
             layer.state.store.data = self.first
+            if layer.state.store.host is not None:
+                layer.state.store.host.free()
         empty_host_cache()
 
     def bytes_of(self, batch: int) -> int:

@@ -164,7 +164,12 @@ class ShadowKVCache(Cache):
         value_slots: chunks of values at hand for each key/value head (default: three halves of the
             budget); only chunks that are not are read from the store.
         value_store: "device", "host", or "auto": on the device if they take at most a quarter of
-            its free memory.
+            its free memory. "host" memory is pinned, exactly as large as the values and room for
+            more, and given back by ``reset`` or with the cache.
+        value_dtype: None, that of the model, or "fp8": e4m3 in the store with an fp32 scale for
+            each chunk and head, of which half the bytes are kept and fetched. A value is off by up
+            to 1/16 of itself. Outliers, sinks, the tail and generated tokens stay as they are.
+        factor_dtype: None, or "fp8": the same for the factor, with a scale for each token.
 
     All sequences of a batch have the same length; left padding is refused by the decode step.
 
@@ -185,6 +190,8 @@ class ShadowKVCache(Cache):
         local_tokens: int = 32,
         value_slots: int | None = None,
         value_store: str = "auto",
+        value_dtype: str | None = None,
+        factor_dtype: str | None = None,
     ):
         config = config.get_text_config(decoder=True)
         if rank < 16 or rank % 16:
@@ -211,6 +218,9 @@ class ShadowKVCache(Cache):
             )
         if value_store not in ("device", "host", "auto"):
             raise ValueError(f"value_store: expected device, host or auto, got {value_store!r}")
+        for name, kind in (("value_dtype", value_dtype), ("factor_dtype", factor_dtype)):
+            if kind not in (None, "fp8"):
+                raise ValueError(f"{name}: expected None or 'fp8', got {kind!r}")
         self.options = ShadowOptions(
             rank=rank,
             chunk=chunk_size,
@@ -221,6 +231,8 @@ class ShadowKVCache(Cache):
             flush=max(64, 2 * chunk_size),
             slots=slots,
             store=value_store,
+            quantise_values=value_dtype == "fp8",
+            quantise_factor=factor_dtype == "fp8",
         )
         layers = [
             ShadowKVLayer(config, self.options, layer) for layer in range(config.num_hidden_layers)
@@ -251,5 +263,5 @@ class ShadowKVCache(Cache):
                 hits += int(layer.state.hits)
                 missed = int(layer.state.misses)
                 misses += missed
-                read += missed * layer.state.slots.shape[3] * layer.state.slots.element_size()
+                read += missed * layer.state.bytes_of_a_miss
         return {"hits": hits, "misses": misses, "bytes_read": read}
