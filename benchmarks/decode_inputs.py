@@ -172,18 +172,18 @@ class HostMemory:
     def nbytes(self) -> int:
         return 0 if self._memory is None else self._memory.nbytes
 
-    def tensor(self, shape: Sequence[int]) -> Tensor:
-        """DTYPE, uninitialised, over the same memory as the tensors lent before.
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype = DTYPE) -> Tensor:
+        """Uninitialised, over the same memory as the tensors lent before.
 
         MemoryError if it takes more than ``host_limit()``.
         """
-        needed = math.prod(shape) * DTYPE.itemsize
+        needed = math.prod(shape) * dtype.itemsize
         if self._memory is None or self.nbytes < needed:
             self.free()
             if needed > host_limit():
                 raise MemoryError(f"{needed / 2**30:.1f} GiB of host memory are needed")
             self._memory = host_memory.HostMemory(needed, self.device)
-        return self._memory.tensor(shape, DTYPE)
+        return self._memory.tensor(shape, dtype)
 
     def free(self) -> None:
         """Tensors lent before must not be used after it."""
