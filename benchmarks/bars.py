@@ -26,6 +26,7 @@ PEERS: dict[int, dict[tuple[int, int], dict[str, float]]] = {
 PEERS_CARD = "NVIDIA H200"
 PEER_FACTOR = 1.6
 BAR_TOKENS = 131072  # the length of T2's and T3's bars
+T13 = {131072: 5.4, 1048576: 60.0}  # seconds of a sparse prefill, Llama-3-8B shapes, PEERS_CARD
 ESTIMATE_BARS = {32768: 0.5, 131072: 0.8, 1048576: 5.0}  # ms, T5
 
 FA3 = "dense, FlashAttention-3"  # the case's name

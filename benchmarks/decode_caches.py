@@ -20,7 +20,7 @@ from sparseattn import shadow
 from sparseattn.bench_tools import SDPA_BACKENDS
 from sparseattn.hf import MARK
 from sparseattn.shadow_cache import ShadowKVCache
-from sparseattn.shadow_layer import ShadowState
+from sparseattn.shadow_layer import ShadowState, StepPlace
 
 NAME = "decode_benchmark"  # of the attention function; it has no mask function, so no mask is made
 
@@ -101,54 +101,24 @@ class WindowLayer(FixedLayer):
 
 
 class GraphLayer(FixedLayer):
-    """The step of a ShadowKVCache's layer with fixed addresses: new rows go where the clock says,
-    and ``exact_lens`` says how many there are. Chunks are not added."""
+    """The step of a ShadowKVCache's layer at the clock's place, as a GraphDecoder runs it. Chunks
+    are not added."""
 
     def __init__(self, state: ShadowState, clock: Clock) -> None:
         super().__init__(state.length + 1, clock)
         self.state = state
-        place = state.keys.data.device
-        self.inv_freq = state.rope.inv_freq.to(place)
-        self.excluded = state.excluded.rows[..., 0].contiguous()
-        self.zero = torch.zeros((), dtype=torch.int64, device=place)
+        self.place = StepPlace(clock.tokens.shape[1], clock.tokens.device)
+        self.place.num_chunks.fill_(state.chunks)
+        self.place.row, self.place.exact_lens = clock.row, clock.exact_lens
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
-        self.state.keys.data.index_copy_(2, self.clock.row, key_states)
-        self.state.values.data.index_copy_(2, self.clock.row, value_states)
+        self.state.write(key_states, value_states, self.place)
         marked = key_states.view_as(key_states)
         setattr(marked, MARK, self)
         return marked, value_states
 
     def attend(self, query: Tensor, scale: float | None) -> Tensor:
-        state = self.state
-        selected = shadow.shadow_select(
-            query,
-            state.landmarks.rows,
-            top_k=min(state.options.top_k, state.chunks),
-            excluded=self.excluded,
-            scale=scale,
-        )
-        slot_of, misses, count = shadow.shadow_plan_(selected, state.slot_chunk, state.last_used)
-        shadow.gather_values_(state.store.rows, state.slots, misses, count)
-        missed = count.sum()
-        state.misses += missed
-        state.hits += selected.numel() - missed
-        return shadow.shadow_attention(
-            query,
-            state.keys.data,
-            state.values.data,
-            selected,
-            slot_of,
-            state.slots,
-            state.factor.rows[:, 0],
-            state.basis,
-            state.mean,
-            self.inv_freq,
-            interleaved=state.rope.interleaved,
-            rope_scale=state.rope.scale,
-            scale=scale,
-            exact_lens=self.clock.exact_lens,
-        )
+        return self.state.attend(query, scale, self.place)
 
 
 # --- attention of the model ------------------------------------------------------------------
@@ -252,9 +222,14 @@ class Stores:
         count = self.layers if mode == "own" else 1
         self.memories = [HostMemory(device) for _ in range(count)]
         self.filled = [0] * count  # sequences
-        self.first = cache.layers[0].state.store.data.clone()  # of one sequence, for all layers
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # stores are written by kernels
+        first = cache.layers[0].state.store.data  # of one sequence, for all layers
+        self.first = first.view(torch.uint8).clone().view(first.dtype)
         for layer in cache.layers:
             layer.state.store.data = self.first
+            if layer.state.store.host is not None:
+                layer.state.store.host.free()
         empty_host_cache()
 
     def bytes_of(self, batch: int) -> int:
@@ -267,7 +242,7 @@ class Stores:
             return False
         try:
             for memory in self.memories:
-                memory.tensor((batch, *self.first.shape[1:]))
+                memory.tensor((batch, *self.first.shape[1:]), self.first.dtype)
         except (MemoryError, RuntimeError):
             self.free()
             return False
@@ -275,9 +250,10 @@ class Stores:
 
     def lend(self, number: int, batch: int) -> Tensor:
         place = number % len(self.memories)
-        data = self.memories[place].tensor((batch, *self.first.shape[1:]))
-        missing = data[self.filled[place] :]
-        missing.copy_(self.first.expand(missing.shape))
+        shape = (batch, *self.first.shape[1:])
+        data = self.memories[place].tensor(shape, self.first.dtype)
+        missing = data[self.filled[place] :].view(torch.uint8)  # torch does not copy all of fp8
+        missing.copy_(self.first.view(torch.uint8).expand(missing.shape))
         self.filled[place] = max(batch, self.filled[place])
         return data
 
@@ -314,6 +290,8 @@ def repeat(cache: ShadowKVCache, batch: int, stores: Stores | None, device: torc
             finally:
                 state.store = store
             store.data = stores.lend(number, batch)
+            if store.scales is not None:
+                store.scales = store.scales[:1].repeat(batch, 1, 1)
         empty_cache(device)
 
 

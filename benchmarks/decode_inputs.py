@@ -12,13 +12,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sparseattn import shadow
-from sparseattn.bench_tools import available_memory
+from sparseattn import host_memory, shadow
 
 DTYPE = torch.bfloat16
 DEVICE_RATE, PCIE_RATE = 4.3e12, 55e9  # bytes a second: an H200's memory; pinned host to device
@@ -159,59 +157,39 @@ def free_memory(device: torch.device) -> None:
 
 
 def host_limit() -> float:
-    """Three quarters of the host memory that this process can have; containers have a limit."""
-    free = available_memory()
-    group = Path("/sys/fs/cgroup")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            free = min(free, int((group / limit).read_text()) - int((group / used).read_text()))
-        except (OSError, ValueError):  # no such group, or "max"
-            continue
-    return 0.75 * free
+    """Three quarters of the host memory that this process can have."""
+    return 0.75 * host_memory.available()
 
 
 class HostMemory:
-    """One piece of pinned memory (plain on the CPU), lent to one user after the other.
-
-    Registered, not taken from torch's allocator, which rounds up to a power of two.
-    """
+    """One piece of pinned memory (plain on the CPU), lent to one user after the other."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._data: Tensor | None = None
+        self._memory: host_memory.HostMemory | None = None
 
     @property
     def nbytes(self) -> int:
-        return 0 if self._data is None else self._data.nbytes
+        return 0 if self._memory is None else self._memory.nbytes
 
-    def tensor(self, shape: Sequence[int]) -> Tensor:
-        """DTYPE, uninitialised, over the same memory as the tensors lent before.
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype = DTYPE) -> Tensor:
+        """Uninitialised, over the same memory as the tensors lent before.
 
         MemoryError if it takes more than ``host_limit()``.
         """
-        count = math.prod(shape)
-        if self._data is None or self._data.numel() < count:
+        needed = math.prod(shape) * dtype.itemsize
+        if self._memory is None or self.nbytes < needed:
             self.free()
-            needed = count * DTYPE.itemsize
             if needed > host_limit():
                 raise MemoryError(f"{needed / 2**30:.1f} GiB of host memory are needed")
-            data = torch.zeros(count, dtype=DTYPE)  # touches every page
-            if self.device.type == "cuda":
-                status = torch.cuda.cudart().cudaHostRegister(data.data_ptr(), needed, 0)
-                if int(status) != 0:
-                    raise MemoryError(f"{needed / 2**30:.1f} GiB could not be pinned: {status}")
-            self._data = data
-        return self._data[:count].view(*shape)
+            self._memory = host_memory.HostMemory(needed, self.device)
+        return self._memory.tensor(shape, dtype)
 
     def free(self) -> None:
         """Tensors lent before must not be used after it."""
-        if self._data is not None and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.cudart().cudaHostUnregister(self._data.data_ptr())
-        self._data = None
+        if self._memory is not None:
+            self._memory.free()
+        self._memory = None
 
 
 class Layer:

@@ -225,6 +225,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rank", type=int, default=160)
     parser.add_argument("--budget", type=int, default=2048, help="tokens selected in a step")
+    parser.add_argument("--values", choices=("bf16", "fp8"), default="bf16", help="of the store")
+    parser.add_argument("--factor", choices=("bf16", "fp8"), default="bf16", help="of the keys")
     parser.add_argument("--ttft", action="store_true", help="measure the time to the first token")
     parser.add_argument("--ttft-tokens", type=int, help="of the prompt (default: --tokens)")
     common.add_record_arguments(parser)
@@ -237,10 +239,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
     arguments.cache = {"rank": arguments.rank, "sparse_budget": arguments.budget}
     if arguments.smoke:
-        arguments.cache = SMOKE_CACHE
+        arguments.cache = dict(SMOKE_CACHE)
         arguments.steps, arguments.most = min(arguments.steps, 8), min(arguments.most, 2)
     elif not torch.cuda.is_available():
         parser.error("expected a CUDA device, found none (--smoke runs on the CPU)")
+    arguments.cache |= {
+        f"{part}_dtype": "fp8"
+        for part in ("value", "factor")
+        if getattr(arguments, {"value": "values"}.get(part, part)) == "fp8"
+    }
     arguments.batches = arguments.batches or list(BATCHES)
     return arguments
 

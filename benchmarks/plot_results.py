@@ -15,6 +15,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import decode_plots
+import end_to_end_plots
 import matplotlib.pyplot as plt
 from decode_plots import title
 from matplotlib.figure import Figure
@@ -125,6 +126,7 @@ PLOTS: dict[str, Callable[[Record], Figure]] = {
     "cpu_attention": cpu_attention,
     "decode-step": decode_plots.decode_step,
     "decode-model": decode_plots.decode_model,
+    "end-to-end": end_to_end_plots.end_to_end,
 }
 
 

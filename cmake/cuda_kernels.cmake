@@ -68,6 +68,11 @@ if("90a" IN_LIST sparseattn_built_architectures)
   # The Hopper kernels exist for that architecture alone.
   add_library(sparseattn_sm90_kernels OBJECT ${sm90_sources})
   target_include_directories(sparseattn_sm90_kernels PRIVATE include)
+  # One lane of a warp arrives on a barrier for all of them, which racecheck does not follow.
+  option(SPARSEATTN_RACECHECK "Kernels whose barriers compute-sanitizer's racecheck understands" OFF)
+  if(SPARSEATTN_RACECHECK)
+    target_compile_definitions(sparseattn_sm90_kernels PRIVATE SPARSEATTN_RACECHECK)
+  endif()
   sparseattn_cuda_options(sparseattn_sm90_kernels "SHELL:-gencode=arch=compute_90a,code=sm_90a")
   target_sources(sparseattn_cuda_kernels PRIVATE $<TARGET_OBJECTS:sparseattn_sm90_kernels>)
   target_compile_definitions(sparseattn_cuda_kernels PRIVATE SPARSEATTN_HAS_SM90)

@@ -103,6 +103,14 @@ def run_shadow(device: str, dtype: torch.dtype, dim: int, rank: int) -> None:
     store = v.reshape(batch, heads, chunks, chunk * dim)
     if device == "cuda":
         store = store.cpu().pin_memory()
+    store8 = torch.zeros(batch, heads, chunks, chunk * dim, dtype=torch.uint8)
+    store8 = (store8.pin_memory() if device == "cuda" else store8).view(torch.float8_e4m3fn)
+    scale8 = torch.zeros(batch, heads, chunks, device=device)
+    shadow.store_rows_(v, store8, scale8)
+    shadow.store_rows_(v[:, :, : 5 * chunk], store, first=7)
+    factor8 = torch.zeros(batch, 1, rows, rank, device=device).to(torch.float8_e4m3fn)
+    factor_scale = torch.zeros(batch, 1, rows, device=device)
+    shadow.store_rows_(factor[:, None], factor8, factor_scale)
     slots = torch.zeros(batch, heads, 12, chunk * dim, dtype=dtype, device=device)
     slot_chunk = torch.full((batch, heads, 12), -1, dtype=torch.int32, device=device)
     last_used = torch.zeros_like(slot_chunk)
@@ -114,9 +122,11 @@ def run_shadow(device: str, dtype: torch.dtype, dim: int, rank: int) -> None:
         )
         slot_of, misses, missed = shadow.shadow_plan_(selected, slot_chunk, last_used)
         shadow.gather_values_(store, slots, misses, missed)
-        for interleaved in (False, True):
-            how = {"interleaved": interleaved}
-            shadow.lowrank_reconstruct(selected, factor, basis, mean, inv_freq, chunk=chunk, **how)
+        shadow.gather_values_(store8, slots, misses, missed, store_scale=scale8)
+        for interleaved, fp8 in ((False, False), (True, False), (False, True), (True, True)):
+            how = {"interleaved": interleaved, "factor_scale": factor_scale[:, 0] if fp8 else None}
+            rows_of = factor8[:, 0] if fp8 else factor
+            shadow.lowrank_reconstruct(selected, rows_of, basis, mean, inv_freq, chunk=chunk, **how)
             out = shadow.shadow_attention(
                 q,
                 k[:, :, :70],
@@ -124,7 +134,7 @@ def run_shadow(device: str, dtype: torch.dtype, dim: int, rank: int) -> None:
                 selected,
                 slot_of,
                 slots,
-                factor,
+                rows_of,
                 basis,
                 mean,
                 inv_freq,

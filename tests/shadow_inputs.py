@@ -18,6 +18,7 @@ OPS = [
     "shadow_outliers",
     "shadow_select",
     "shadow_plan_",
+    "store_rows_",
     "gather_values_",
     "lowrank_reconstruct",
     "shadow_attention",
@@ -146,7 +147,7 @@ def as_dense(args: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     names = ("factor", "basis", "mean", "inv_freq", "interleaved", "rope_scale")
     rebuilt = reference.lowrank_reconstruct(
         selected.where(fits, -1), *(args[x] for x in names[:4]), chunk=chunk,
-        **{x: args[x] for x in names[4:]},
+        **{x: args[x] for x in names[4:]}, factor_scale=args.get("factor_scale"),
     )  # fmt: skip
     at = slot_of.where(fits, 0).long().unsqueeze(-1).expand(-1, -1, -1, chunk * dim)
     chosen = args["values"].gather(2, at) if slots else args["values"]

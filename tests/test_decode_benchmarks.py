@@ -39,6 +39,23 @@ def draw(script, path):
     assert path.with_suffix(".png").stat().st_size > 10000
 
 
+def test_fp8_smoke(script, tmp_path):
+    path = tmp_path / "fp8.json"
+    arguments = ["--smoke", "--output", str(path), "--repeats", "2", "--lengths", "512"]
+    assert script("decode_fp8").main([*arguments, "--batches", "2", "--commit", "abc"]) == 0
+    rows = json.loads(path.read_text())["results"]
+    assert {r["kind"] for r in rows} == {"none", "values", "factor", "both"}
+    for row in rows:
+        fp8 = {"values": row["kind"] in ("values", "both"), "factor": row["kind"] != "values"}
+        assert row["ms"] > 0 and (0.005 < row["error"] < 0.05 or row["kind"] == "none")
+        plain = next(r for r in rows if r["kind"] == "none" and r["shape"] == row["shape"])
+        if fp8["values"]:
+            assert row["store_bytes"] < 0.51 * plain["store_bytes"]
+            assert row["gather_bytes"] == plain["gather_bytes"] / 2
+        if fp8["factor"] and row["kind"] != "none":
+            assert row["factor_bytes"] < 0.6 * plain["factor_bytes"]
+
+
 # --- decode_step ----------------------------------------------------------------------------------
 
 

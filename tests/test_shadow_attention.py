@@ -85,6 +85,8 @@ def test_unequal_lengths(dtype, place):
 
 
 def test_a_sequence_gets_what_it_gets_alone(place):
+    """To the bit on the CPU; on a GPU more CTAs share the keys of a small batch, and their partial
+    results are rounded once more."""
     needs(place, "shadow_attention")
     sizes = Sizes(batch=3, q_len=2, exact=90, dim=64)
     lens = {
@@ -101,7 +103,10 @@ def test_a_sequence_gets_what_it_gets_alone(place):
             }
         )
         for a, c in zip(alone, whole, strict=True):
-            assert torch.equal(a, c[b : b + 1])
+            if place.device == "cpu":
+                assert torch.equal(a, c[b : b + 1])
+            else:
+                torch.testing.assert_close(a, c[b : b + 1], rtol=2**-7, atol=2**-12)
 
 
 def test_entries_out_of_range_are_dropped(place):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -207,6 +208,24 @@ def test_running_out_of_memory_leaves_the_cache_usable(monkeypatch):
     assert (state.length, state.chunks) == before
     got = model(more, past_key_values=cache).logits
     assert torch.equal(got, model(more, past_key_values=other).logits)
+
+
+@torch.no_grad()
+def test_a_store_in_host_memory_changes_nothing():
+    """Steps, growth, an appended turn and a selection of sequences; then the memory is gone."""
+    model = sparseattn.hf.enable(fresh("llama"))
+    caches = [small_cache(model, value_store=x) for x in ("device", "host")]
+    for more in (tokens(2, 400), tokens(2, 1, 1), tokens(2, 200, 2), tokens(2, 1, 3)):
+        a, b = (model(more, past_key_values=x).logits for x in caches)
+        assert torch.equal(a, b)
+    for cache in caches:
+        cache.batch_select_indices(torch.tensor([1, 1, 0]))
+    a, b = (model(tokens(3, 1, 4), past_key_values=x).logits for x in caches)
+    assert torch.equal(a, b)
+    assert caches[1].memory()["host_values"] == caches[0].memory()["store_values"]
+    memory = weakref.ref(caches[1].layers[0].state.store.host)
+    caches[1].reset()
+    assert memory() is None
 
 
 @torch.no_grad()

@@ -126,8 +126,25 @@ DAMAGE = {  # op: (argument, what is done to it), the argument also being the on
         ("last_used", lambda x: x.float()),
         ("last_used", lambda x: x.mT.contiguous().mT),
     ],
+    "store_rows_": [
+        ("x", lambda x: x[0]),
+        ("x", lambda x: x.double()),
+        ("x", lambda x: x[..., :20]),
+        ("x", lambda x: x[:, :, :90]),
+        ("x", strided),
+        ("store", lambda x: x[0]),
+        ("store", lambda x: x.double()),
+        ("store", lambda x: x[:1]),
+        ("store", lambda x: x[..., :100]),
+        ("store", lambda x: x[..., :32]),
+        ("store", lambda x: x[:, :, ::2]),
+        ("store", lambda x: x.to(torch.float8_e4m3fn)),
+        ("first", lambda x: -1),
+        ("first", lambda x: 9),
+    ],
     "gather_values_": [
         ("store", lambda x: x[0]),
+        ("store", lambda x: x.to(torch.float8_e4m3fn)),
         ("store", lambda x: x.double()),
         ("store", lambda x: x[..., :64]),
         ("store", lambda x: x[:, :, ::2]),
@@ -227,6 +244,7 @@ WRONG_TYPES = {
     "shadow_outliers": [("count", "all"), ("min_cosine", None)],
     "shadow_select": [("top_k", 1.5), ("excluded", [True])],
     "shadow_plan_": [("last_used", None), ("selected", [1])],
+    "store_rows_": [("first", 0.5), ("store", None)],
     "gather_values_": [("misses", None)],
     "lowrank_reconstruct": [("rope_scale", "1"), ("mean", 0.0)],
     "shadow_attention": [("values", None), ("interleaved", "no"), ("q_lens", [1])],
@@ -241,11 +259,50 @@ def test_wrong_python_types(op, name, value, main_place):
     check_refused(op, args, name, torch_too=False)
 
 
+def quantised(op: str, place) -> dict:
+    """Good arguments with what is quantised in fp8."""
+    args = good(op, place)
+    name, scale, heads = {
+        "store_rows_": ("store", "scale", True),
+        "gather_values_": ("store", "store_scale", True),
+        "lowrank_reconstruct": ("factor", "factor_scale", False),
+        "shadow_attention": ("factor", "factor_scale", False),
+    }[op]
+    scales = torch.ones(args[name].shape[: 3 if heads else 2], device=place.device)
+    return args | {name: args[name].to(torch.float8_e4m3fn), scale: scales}
+
+
+QUANTISED_DAMAGE = [
+    (lambda x: x.double(), None),
+    (lambda x: x[..., :-1], None),
+    (lambda x: x[:1], None),
+    (lambda x: torch.stack([x, x], -1)[..., 0], None),
+    (None, lambda x: x.to(torch.uint8)),
+    (None, lambda x: x.float()),
+    (None, lambda x: x.to(torch.float8_e5m2)),
+]
+
+
+@pytest.mark.parametrize("op", OPS[-4:])
+@pytest.mark.parametrize("case", range(len(QUANTISED_DAMAGE)))
+def test_refused_if_quantised(op, case, main_place):
+    needs(main_place, op)
+    args = quantised(op, main_place)
+    getattr(shadow, op)(**args)
+    name = "factor" if "factor" in args else "store"
+    scale = {"store_rows_": "scale", "gather_values_": "store_scale"}.get(op, "factor_scale")
+    of_scale, of_rows = QUANTISED_DAMAGE[case]
+    if of_scale is not None:
+        check_refused(op, args | {scale: of_scale(args[scale])}, scale)
+    else:
+        check_refused(op, args | {name: of_rows(args[name])}, name)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_a_refused_call_writes_nothing(op, main_place):
     needs(main_place, op)
     args = good(op, main_place)
-    written = [x.name for x in torch_op(op)._schema.arguments if x.alias_info]
+    written = [x.name for x in torch_op(op)._schema.arguments if x.alias_info and x.name in args]
     name, damage = DAMAGE[op][-1]
     before = {x: args[x].clone() for x in written}
     with pytest.raises((ValueError, TypeError)):
@@ -261,7 +318,7 @@ def test_devices_must_agree(op):
         pytest.skip(cuda_reason())
     needs(PLACES[2], op)
     args = good(op, PLACES[2])
-    anchors = {"q", "k", "values", "basis", "min_cosine", "selected", "store"}
+    anchors = {"q", "k", "x", "values", "basis", "min_cosine", "selected", "store"}
     for name in {x for x in args if torch.is_tensor(args[x])} - anchors:
         check_refused(op, args | {name: args[name].cpu()}, name)
 

@@ -29,9 +29,11 @@ def sums(batch: int, width: int, device: str) -> tuple[torch.Tensor, ...]:
 
 
 def check_gram(got, expected, terms: torch.Tensor) -> None:
-    """``terms``: sum of |k_i k_j|, of which a few fp32 roundings are allowed."""
+    """``terms``: sum of |k_i k_j|, of which a few fp32 roundings are allowed; tensor cores truncate
+    where a CPU rounds, all errors have one sign."""
     assert torch.equal(got[2], expected[2])
-    assert_at_most((got[0] - expected[0]).abs(), 1e-6 * terms + 1e-9, "error of the Gram matrix")
+    least = 3e-6 if got[0].is_cuda else 1e-6
+    assert_at_most((got[0] - expected[0]).abs(), least * terms + 1e-9, "error of the Gram matrix")
     assert torch.equal(got[0], got[0].mT), "a Gram matrix is symmetric"
     bound = 1e-6 * terms.diagonal(dim1=-2, dim2=-1).sqrt() * expected[2].sqrt()[:, None] + 1e-9
     assert_at_most((got[1] - expected[1]).abs(), bound, "error of the sum")
@@ -70,8 +72,11 @@ def test_basis_is_the_best_of_its_rank(main_place):
     needs(place, "shadow_gram_")
     heads, rows, dim, rank = 2, 700, 64, 48
     width = heads * dim
-    low = randn(2, rows, 24, place=place, seed=0).float() @ randn(24, width, place=place, seed=1)
-    flat = low.float() + 0.3 * randn(2, rows, width, place=place, seed=2).float() + 20.0
+    low = (
+        randn(2, rows, 24, place=place, seed=0).float()
+        @ randn(24, width, place=place, seed=1).float()
+    )
+    flat = low + 0.3 * randn(2, rows, width, place=place, seed=2).float() + 20.0
     k = flat.to(place.dtype).unflatten(2, (heads, dim)).transpose(1, 2)
     got = sums(2, width, place.device)
     shadow.shadow_gram_(k, *got)

@@ -22,13 +22,15 @@ SCHEMAS = {
     "Tensor? num_chunks=None, Tensor? q_lens=None, float? scale=None) -> Tensor",
     "shadow_plan_": "(Tensor selected, Tensor(a!) slot_chunk, Tensor(b!) last_used) "
     "-> (Tensor, Tensor, Tensor)",
-    "gather_values_": "(Tensor store, Tensor(a!) values, Tensor misses, Tensor miss_count) -> ()",
+    "store_rows_": "(Tensor x, Tensor(a!) store, Tensor(b!)? scale=None, *, int first=0) -> ()",
+    "gather_values_": "(Tensor store, Tensor(a!) values, Tensor misses, Tensor miss_count, *, "
+    "Tensor? store_scale=None) -> ()",
     "lowrank_reconstruct": f"(Tensor selected, Tensor factor, Tensor basis, {LOW_RANK}int chunk, "
-    f"{ROPE.removesuffix(', ')}) -> Tensor",
+    f"{ROPE}Tensor? factor_scale=None) -> Tensor",
     "shadow_attention": "(Tensor q, Tensor k, Tensor v, Tensor selected, Tensor slot_of, "
     f"Tensor values, Tensor factor, Tensor basis, {LOW_RANK}{ROPE}float? scale=None, "
     "bool return_lse=False, Tensor? q_lens=None, Tensor? exact_lens=None, "
-    "Tensor? exact_starts=None) -> (Tensor, Tensor)",
+    "Tensor? exact_starts=None, Tensor? factor_scale=None) -> (Tensor, Tensor)",
 }
 SIZES = Sizes(q_len=2)
 CHUNKS = 50  # of SIZES
@@ -60,6 +62,8 @@ def inputs(op: str, place: Place) -> tuple[tuple, dict]:
     table = torch.full((2, 2, 9), -1, dtype=torch.int32, device=device)
     if op == "shadow_plan_":
         return (full["selected"], table, torch.zeros_like(table)), {}
+    if op == "store_rows_":
+        return (k[:, :, :96], torch.zeros(2, 2, 20, 8 * 64).to(device, place.dtype)), {"first": 5}
     if op == "gather_values_":
         misses = torch.zeros(2, 2, 6, 2, dtype=torch.int32, device=device)
         store = randn(2, 2, CHUNKS, 8 * 64, place=place, seed=2)
@@ -131,7 +135,7 @@ def step(q, k, v, landmarks, table, used, store, values, factor, basis, mean, in
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_fullgraph(dynamic, main_place):
-    needs(main_place, *OPS[3:6], "shadow_attention")
+    needs(main_place, *OPS[3:5], "gather_values_", "shadow_attention")
     place = main_place
     full = make_attention(SIZES, place)
     store = randn(2, 2, CHUNKS, 8 * 64, place=place, seed=2)

@@ -21,6 +21,8 @@ std::string dtype_name(ScalarType dtype) {
       return "torch.int64";
     case ScalarType::Bool:
       return "torch.bool";
+    case ScalarType::Float8_e4m3fn:
+      return "torch.float8_e4m3fn";
     default:
       return torch::headeronly::toString(dtype);
   }

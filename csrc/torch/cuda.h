@@ -46,9 +46,10 @@ inline Tensor scratch(const Tensor& q, size_t bytes) {
 /// The kernels read rows in pieces of 16 bytes. A view whose rows do not start on such a boundary
 /// is copied; all other strides are taken as they are.
 inline Tensor aligned(const Tensor& tensor) {
+  const auto element = static_cast<int64_t>(tensor.element_size());
   bool fits = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
   for (int64_t i = 0; i + 1 < tensor.dim(); ++i) {
-    fits = fits && (tensor.size(i) == 1 || tensor.stride(i) % 8 == 0);
+    fits = fits && (tensor.size(i) == 1 || tensor.stride(i) * element % 16 == 0);
   }
   if (fits) return tensor;
   Tensor copy = torch::stable::new_empty(tensor, tensor.sizes());

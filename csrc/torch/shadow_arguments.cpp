@@ -112,12 +112,29 @@ Tensor new_ints(const Tensor& like, std::initializer_list<int64_t> sizes) {
   return torch::stable::new_empty(like, sizes, std::make_optional(ScalarType::Int));
 }
 
+/// What a tensor with scales holds, or one without.
+std::vector<ScalarType> row_dtype(const MaybeTensor& scale, const Tensor& like) {
+  return {scale ? ScalarType::Float8_e4m3fn : like.scalar_type()};
+}
+
+/// fp32 [batch, heads, rows] scales of a tensor's rows, or [batch, rows]: then there is one head.
+RowScales check_scales(const char* name, const MaybeTensor& scale, const Anchor& like,
+                       const std::vector<Dim>& dims) {
+  if (!scale) return {};
+  check_tensor(name, *scale, like, {ScalarType::Float}, dims, Memory::kRows);
+  // Not null, so that there are scales where there are no rows.
+  static float none = 0.0f;
+  float* data = data_of<float>(*scale);
+  return {data == nullptr ? &none : data, scale->stride(0),
+          dims.size() == 3 ? scale->stride(1) : 0};
+}
+
 /// `like` is of the dtype, and tells the batch; heads are those of the basis.
 LowRankKeys check_low_rank(const LowRankArguments& a, const Anchor& like, int64_t batch,
                            int64_t kv_heads, int64_t head_dim, int32_t chunk) {
   const std::vector<ScalarType> dtype{like.tensor.scalar_type()};
-  check_tensor("factor", a.factor, like, dtype, {{"batch", batch}, {"rows"}, {"rank"}},
-               Memory::kRows);
+  check_tensor("factor", a.factor, like, row_dtype(a.factor_scale, like.tensor),
+               {{"batch", batch}, {"rows"}, {"rank"}}, Memory::kRows);
   const int64_t rank = a.factor.size(2);
   if (rank < 16 || rank % 16 != 0) {
     value_error("factor: expected a rank that is a multiple of 16, got ", rank);
@@ -130,6 +147,8 @@ LowRankKeys check_low_rank(const LowRankArguments& a, const Anchor& like, int64_
   keys.rank = static_cast<int32_t>(rank);
   keys.chunk = chunk;
   keys.factor = {a.factor.data_ptr(), a.factor.stride(0), 0, a.factor.stride(1)};
+  keys.factor_scales = check_scales("factor_scale", a.factor_scale, like,
+                                    {{"batch", batch}, {"rows", a.factor.size(1)}});
   keys.basis = view_of(a.basis);
   if (a.mean) {
     check_tensor("mean", *a.mean, like, {ScalarType::Float},
@@ -285,14 +304,51 @@ PlanCall plan_arguments(const Tensor& selected, const Tensor& slot_chunk, const 
   return call;
 }
 
+StoreRows store_arguments(const Support& support, const Tensor& x, const Tensor& store,
+                          const MaybeTensor& scale, int64_t first) {
+  const Anchor like{"x", x};
+  check_tensor("x", x, like, support.dtypes, {{"batch"}, {"heads"}, {"rows"}, {"dim"}},
+               Memory::kRows);
+  const Dim batch{"batch", x.size(0)}, heads{"heads", x.size(1)};
+  const int64_t dim = x.size(3);
+  if (dim < 8 || dim % 8 != 0) value_error("x: expected dim a multiple of 8, got ", dim);
+  check_tensor("store", store, store.defined() && store.is_cpu() ? Anchor{"store", store} : like,
+               row_dtype(scale, x), {batch, heads, {"rows"}, {"group * dim"}}, Memory::kRows);
+  check_chunk_rows("store", store);
+  const int64_t width = store.size(3), group = width / dim;
+  if (width < dim || width % dim != 0 || width % 16 != 0) {
+    value_error("store: expected rows of group * dim elements with dim ", dim,
+                ", a multiple of 16, got ", width);
+  }
+  if (x.size(2) % group != 0) {
+    value_error("x: expected rows a multiple of group = ", group, ", got ", x.size(2));
+  }
+  const int64_t rows = x.size(2) / group, most = store.size(2) - rows;
+  if (first < 0 || first > most) {
+    value_error("first: expected 0 to ", most, ", where ", rows, " rows end in the store's ",
+                store.size(2), ", got ", first);
+  }
+  return {size_of(x, 0),
+          size_of(x, 1),
+          size_of(x, 2),
+          static_cast<int32_t>(dim),
+          static_cast<int32_t>(group),
+          static_cast<int32_t>(first),
+          dtype_of(x),
+          view_of(x),
+          view_of(store),
+          check_scales("scale", scale, like, {batch, heads, {"rows", store.size(2)}})};
+}
+
 GatherValues gather_arguments(const Support& support, const Tensor& store, const Tensor& values,
-                              const Tensor& misses, const Tensor& miss_count) {
+                              const Tensor& misses, const Tensor& miss_count,
+                              const MaybeTensor& store_scale) {
   const Anchor like{"values", values};
   check_tensor("values", values, like, support.dtypes,
                {{"batch"}, {"kv_heads"}, {"slots"}, {"chunk * head_dim"}}, Memory::kRows);
   const Dim batch{"batch", values.size(0)}, heads{"kv_heads", values.size(1)};
   check_tensor("store", store, store.defined() && store.is_cpu() ? Anchor{"store", store} : like,
-               {values.scalar_type()},
+               row_dtype(store_scale, values),
                {batch, heads, {"chunks"}, {"chunk * head_dim", values.size(3)}}, Memory::kRows);
   check_chunk_rows("values", values);
   check_chunk_rows("store", store);
@@ -301,17 +357,19 @@ GatherValues gather_arguments(const Support& support, const Tensor& store, const
   check_tensor("miss_count", miss_count, like, {ScalarType::Int}, {batch, heads},
                Memory::kContiguous);
   const int64_t element = values.scalar_type() == ScalarType::Float ? 4 : 2;
-  return {size_of(values, 0),
-          size_of(values, 1),
-          size_of(misses, 2),
-          size_of(store, 2),
-          size_of(values, 2),
-          values.size(3) * element,
-          dtype_of(values),
-          view_of(store),
-          view_of(values),
-          data_of<int32_t>(misses),
-          data_of<int32_t>(miss_count)};
+  return {
+      size_of(values, 0),
+      size_of(values, 1),
+      size_of(misses, 2),
+      size_of(store, 2),
+      size_of(values, 2),
+      values.size(3) * element,
+      dtype_of(values),
+      view_of(store),
+      view_of(values),
+      data_of<int32_t>(misses),
+      data_of<int32_t>(miss_count),
+      check_scales("store_scale", store_scale, like, {batch, heads, {"chunks", store.size(2)}})};
 }
 
 ReconstructCall reconstruct_arguments(const Support& support, const Tensor& selected,

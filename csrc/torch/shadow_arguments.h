@@ -38,9 +38,12 @@ struct PlanCall {
 };
 PlanCall plan_arguments(const Tensor& selected, const Tensor& slot_chunk, const Tensor& last_used);
 
-/// The store may be on the CPU where the values are not.
+/// The store may be on the CPU where x and the values are not.
+StoreRows store_arguments(const Support& support, const Tensor& x, const Tensor& store,
+                          const MaybeTensor& scale, int64_t first);
 GatherValues gather_arguments(const Support& support, const Tensor& store, const Tensor& values,
-                              const Tensor& misses, const Tensor& miss_count);
+                              const Tensor& misses, const Tensor& miss_count,
+                              const MaybeTensor& store_scale);
 
 /// Arguments that rebuilding keys takes.
 struct LowRankArguments {
@@ -50,6 +53,7 @@ struct LowRankArguments {
   const MaybeTensor& inv_freq;
   bool interleaved;
   double rope_scale;
+  const MaybeTensor& factor_scale;
 };
 
 struct ReconstructCall {

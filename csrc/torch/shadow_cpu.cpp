@@ -43,16 +43,22 @@ std::tuple<Tensor, Tensor, Tensor> shadow_plan_(Tensor selected, Tensor slot_chu
   return {call.slot_of, call.misses, call.miss_count};
 }
 
-void gather_values_(Tensor store, Tensor values, Tensor misses, Tensor miss_count) {
-  check_status(cpu::gather_values(gather_arguments(support(), store, values, misses, miss_count),
-                                  run_parallel));
+void store_rows_(Tensor x, Tensor store, MaybeTensor scale, int64_t first) {
+  check_status(cpu::store_rows(store_arguments(support(), x, store, scale, first), run_parallel));
+}
+
+void gather_values_(Tensor store, Tensor values, Tensor misses, Tensor miss_count,
+                    MaybeTensor store_scale) {
+  check_status(cpu::gather_values(
+      gather_arguments(support(), store, values, misses, miss_count, store_scale), run_parallel));
 }
 
 Tensor lowrank_reconstruct(Tensor selected, Tensor factor, Tensor basis, MaybeTensor mean,
-                           MaybeTensor inv_freq, int64_t chunk, bool interleaved,
-                           double rope_scale) {
+                           MaybeTensor inv_freq, int64_t chunk, bool interleaved, double rope_scale,
+                           MaybeTensor factor_scale) {
   const ReconstructCall call = reconstruct_arguments(
-      support(), selected, {factor, basis, mean, inv_freq, interleaved, rope_scale}, chunk);
+      support(), selected, {factor, basis, mean, inv_freq, interleaved, rope_scale, factor_scale},
+      chunk);
   check_status(cpu::lowrank_reconstruct(call.params, run_parallel));
   return call.out;
 }
@@ -63,11 +69,11 @@ std::tuple<Tensor, Tensor> shadow_attention(Tensor q, Tensor k, Tensor v, Tensor
                                             bool interleaved, double rope_scale,
                                             std::optional<double> scale, bool return_lse,
                                             MaybeTensor q_lens, MaybeTensor exact_lens,
-                                            MaybeTensor exact_starts) {
+                                            MaybeTensor exact_starts, MaybeTensor factor_scale) {
   ShadowAttention params =
       attention_arguments(support(), q, k, v, selected, slot_of, values,
-                          {factor, basis, mean, inv_freq, interleaved, rope_scale}, scale, q_lens,
-                          exact_lens, exact_starts);
+                          {factor, basis, mean, inv_freq, interleaved, rope_scale, factor_scale},
+                          scale, q_lens, exact_lens, exact_starts);
   const Outputs outputs = make_outputs(q, params.shape, return_lse);
   params.out = view_of(outputs.out);
   params.lse = outputs.lse_data;
@@ -83,6 +89,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparseattn, CPU, m) {
   m.impl("shadow_outliers", TORCH_BOX(&shadow_outliers));
   m.impl("shadow_select", TORCH_BOX(&shadow_select));
   m.impl("shadow_plan_", TORCH_BOX(&shadow_plan_));
+  m.impl("store_rows_", TORCH_BOX(&store_rows_));
   m.impl("gather_values_", TORCH_BOX(&gather_values_));
   m.impl("lowrank_reconstruct", TORCH_BOX(&lowrank_reconstruct));
   m.impl("shadow_attention", TORCH_BOX(&shadow_attention));

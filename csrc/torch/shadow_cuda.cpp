@@ -12,12 +12,13 @@ namespace sparseattn::torch_layer {
 namespace {
 
 void check_rows(const char* name, const Tensor& tensor) {
+  const auto element = static_cast<int64_t>(tensor.element_size());
   if (reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 != 0) {
     value_error(name, ": expected rows that start on 16-byte boundaries, got data at an address ",
                 "that is no multiple of 16");
   }
   for (int64_t i = 0; i + 1 < tensor.dim(); ++i) {
-    if (tensor.size(i) > 1 && tensor.stride(i) % 8 != 0) {
+    if (tensor.size(i) > 1 && tensor.stride(i) * element % 16 != 0) {
       value_error(name, ": expected rows that start on 16-byte boundaries, got stride ",
                   tensor.stride(i), " in dimension ", i);
     }
@@ -74,8 +75,20 @@ std::tuple<Tensor, Tensor, Tensor> shadow_plan_(Tensor selected, Tensor slot_chu
   return {call.slot_of, call.misses, call.miss_count};
 }
 
-void gather_values_(Tensor store, Tensor values, Tensor misses, Tensor miss_count) {
-  const GatherValues params = gather_arguments(support(), store, values, misses, miss_count);
+void store_rows_(Tensor x, Tensor store, MaybeTensor scale, int64_t first) {
+  StoreRows params = store_arguments(support(), x, store, scale, first);
+  if (!x.is_cuda()) value_error("x: expected device cuda, got ", device_name(x));
+  check_rows("store", store);
+  const Launch launch(x);
+  const Tensor rows = aligned(x);
+  params.x = view_of(rows);
+  check_status(sparseattn::store_rows(params, launch.stream()));
+}
+
+void gather_values_(Tensor store, Tensor values, Tensor misses, Tensor miss_count,
+                    MaybeTensor store_scale) {
+  const GatherValues params =
+      gather_arguments(support(), store, values, misses, miss_count, store_scale);
   if (!values.is_cuda()) {
     value_error("values: expected device cuda, got ", device_name(values));
   }
@@ -93,6 +106,7 @@ STABLE_TORCH_LIBRARY_IMPL(sparseattn, CUDA, m) {
   m.impl("shadow_outliers", TORCH_BOX(&shadow_outliers));
   m.impl("shadow_select", TORCH_BOX(&shadow_select));
   m.impl("shadow_plan_", TORCH_BOX(&shadow_plan_));
+  m.impl("store_rows_", TORCH_BOX(&store_rows_));
   m.impl("gather_values_", TORCH_BOX(&gather_values_));
 }
 

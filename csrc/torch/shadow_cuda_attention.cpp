@@ -16,10 +16,11 @@ View factor_view(const Tensor& factor) {
 }
 
 Tensor lowrank_reconstruct(Tensor selected, Tensor factor, Tensor basis, MaybeTensor mean,
-                           MaybeTensor inv_freq, int64_t chunk, bool interleaved,
-                           double rope_scale) {
+                           MaybeTensor inv_freq, int64_t chunk, bool interleaved, double rope_scale,
+                           MaybeTensor factor_scale) {
   ReconstructCall call = reconstruct_arguments(
-      support(), selected, {factor, basis, mean, inv_freq, interleaved, rope_scale}, chunk);
+      support(), selected, {factor, basis, mean, inv_freq, interleaved, rope_scale, factor_scale},
+      chunk);
   const Launch launch(basis);
   const Tensor rows = aligned(factor), columns = aligned(basis);
   call.params.keys.factor = factor_view(rows);
@@ -34,11 +35,11 @@ std::tuple<Tensor, Tensor> shadow_attention(Tensor q, Tensor k, Tensor v, Tensor
                                             bool interleaved, double rope_scale,
                                             std::optional<double> scale, bool return_lse,
                                             MaybeTensor q_lens, MaybeTensor exact_lens,
-                                            MaybeTensor exact_starts) {
+                                            MaybeTensor exact_starts, MaybeTensor factor_scale) {
   ShadowAttention params =
       attention_arguments(support(), q, k, v, selected, slot_of, values,
-                          {factor, basis, mean, inv_freq, interleaved, rope_scale}, scale, q_lens,
-                          exact_lens, exact_starts);
+                          {factor, basis, mean, inv_freq, interleaved, rope_scale, factor_scale},
+                          scale, q_lens, exact_lens, exact_starts);
   const Launch launch(q);
   const Tensor queries = aligned(q), exact_k = aligned(k), exact_v = aligned(v);
   const Tensor slots = aligned(values), rows = aligned(factor), columns = aligned(basis);

@@ -105,20 +105,55 @@ struct ShadowPlan {
   int32_t* miss_count;      // out [batch, kv_heads]
 };
 
+/// Where rows are quantised: a number of row r is its e4m3 (fp8 with 3 bits of mantissa, as in
+/// torch.float8_e4m3fn) times the fp32 scale of r. Without data rows are of the call's dtype.
+struct RowScales {
+  float* data = nullptr;  // [batch, heads, rows], rows contiguous
+  int64_t batch_stride = 0;
+  int64_t head_stride = 0;
+
+  constexpr bool quantised() const { return data != nullptr; }
+  SPARSEATTN_HOST_DEVICE float* of_head(int64_t sequence, int64_t head) const {
+    return data + sequence * batch_stride + head * head_stride;
+  }
+};
+
+constexpr float kLargestE4m3 = 448.0f;
+
+/// Writes rows into a store, `group` of them side by side: rows j * group .. of x become row
+/// first + j. Where the store has scales they are quantised, by a scale of the largest magnitude
+/// (of what is not NaN) / 448: x / scale, rounded to fp32, becomes the nearest e4m3, ties to even,
+/// at most 448. NaN stays NaN; a row with an infinity becomes NaN.
+struct StoreRows {
+  int32_t batch;
+  int32_t heads;
+  int32_t rows;  // of x, a multiple of `group`
+  int32_t dim;
+  int32_t group;
+  int32_t first;
+  DType dtype;       // of x, and of the store unless it is quantised
+  View x;            // [batch, heads, rows, dim]
+  View store;        // out [batch, heads, first + rows / group or more, group * dim]; may be pinned
+                     //   host memory of the device that computes
+  RowScales scales;  // out, of the store
+};
+
 /// Copies missed chunks from the store into their slots. Views are of rows of a whole chunk.
+/// Quantised ones come out as their numbers, rounded to dtype.
 struct GatherValues {
   int32_t batch;
   int32_t kv_heads;
   int32_t top_k;
   int32_t chunks;
   int32_t slots;
-  int64_t row_bytes;          // of a chunk of one head: chunk * head_dim elements
-  DType dtype;                // of store and values
+  int64_t row_bytes;          // of a chunk of one head in `values`: chunk * head_dim elements
+  DType dtype;                // of values, and of the store unless it is quantised
   View store;                 // [batch, kv_heads, chunks, chunk * head_dim]; may be pinned host
                               //   memory of the device that computes
   View values;                // out [batch, kv_heads, slots, chunk * head_dim]
   const int32_t* misses;      // [batch, kv_heads, top_k, 2] (slot, chunk); others are dropped
   const int32_t* miss_count;  // [batch, kv_heads]
+  RowScales store_scales;     // memory of the device
 };
 
 /// Rotary position embedding. Pair i of a key at position n turns by the angle n * inv_freq[i],
@@ -132,7 +167,8 @@ struct Rope {
   float scale;
 };
 
-/// Keys of a prompt at low rank: key(n, head) = rope(factor[n] . basis[head] + mean[head], n).
+/// Keys of a prompt at low rank: key(n, head) = rope(factor[n] . basis[head] + mean[head], n). The
+/// scale of a quantised row of the factor multiplies its product with the basis.
 struct LowRankKeys {
   int32_t rows;  // tokens
   int32_t rank;  // a multiple of 16
@@ -141,6 +177,7 @@ struct LowRankKeys {
   View basis;         // [batch, kv_heads, rank, head_dim]
   const float* mean;  // [batch, kv_heads, head_dim], or null: zero
   Rope rope;
+  RowScales factor_scales;
 };
 
 /// Rebuilt keys of chunks. A list entry that is no chunk of `rows` tokens gives zeros.
@@ -149,7 +186,7 @@ struct LowRankReconstruct {
   int32_t kv_heads;
   int32_t head_dim;
   int32_t top_k;
-  DType dtype;  // of factor, basis and out
+  DType dtype;  // of factor (unless it is quantised), basis and out
   LowRankKeys keys;
   const int32_t* selected;  // [batch, kv_heads, top_k]
   View out;                 // [batch, kv_heads, top_k * chunk, head_dim]
@@ -160,7 +197,7 @@ struct LowRankReconstruct {
 /// exact_lens[b] - q_lens[b] + i, and all tokens of the selected chunks.
 struct ShadowAttention {
   Shape shape;  // kv_len: rows of the exact buffer
-  DType dtype;  // of q, k, v, out, factor, basis and values
+  DType dtype;  // of q, k, v, out, factor (unless it is quantised), basis and values
   View q;       // [batch, q_heads, q_len, head_dim] after RoPE
   View k;       // [batch, kv_heads, kv_len, head_dim] after RoPE
   View v;       // [batch, kv_heads, kv_len, head_dim]
@@ -191,6 +228,7 @@ Status shadow_landmarks(const ShadowLandmarks& params, const ParallelFor& parall
 Status shadow_outliers(const ShadowOutliers& params, const ParallelFor& parallel_for);
 Status shadow_select(const ShadowSelect& params, const ParallelFor& parallel_for);
 Status shadow_plan(const ShadowPlan& params, const ParallelFor& parallel_for);
+Status store_rows(const StoreRows& params, const ParallelFor& parallel_for);
 Status gather_values(const GatherValues& params, const ParallelFor& parallel_for);
 Status lowrank_reconstruct(const LowRankReconstruct& params, const ParallelFor& parallel_for);
 Status shadow_attention(const ShadowAttention& params, const ParallelFor& parallel_for);
@@ -208,7 +246,10 @@ size_t shadow_select_bytes(const ShadowSelect& params);
 Status shadow_select(const ShadowSelect& params, void* workspace, CUstream_st* stream);
 size_t shadow_plan_bytes(const ShadowPlan& params);
 Status shadow_plan(const ShadowPlan& params, void* workspace, CUstream_st* stream);
-/// The store may be memory of the device, managed, or pinned memory of the host.
+/// The stores may be memory of the device, managed, or pinned memory of the host, whose rows are
+/// read and written over PCIe by the kernels themselves. Rows of the store and the values, and of x
+/// and its groups, start on 16-byte boundaries.
+Status store_rows(const StoreRows& params, CUstream_st* stream);
 Status gather_values(const GatherValues& params, CUstream_st* stream);
 
 // CUDA, from sm_80 on: fp16 or bf16 with sums in fp32; head_dim 64, 96 or 128. Rows of what is read

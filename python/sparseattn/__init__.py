@@ -21,6 +21,7 @@ __version__: str = _build_info()["version"]
 
 # Loaded on first use: they need more than torch, or more time.
 _LAZY = {
+    "GraphDecoder": ("decode_graph", "GraphDecoder"),
     "PatternConfig": ("config", "PatternConfig"),
     "SHADOW_DEVICES": ("shadow_layer", "DEVICES"),
     "ShadowKVCache": ("shadow_cache", "ShadowKVCache"),
@@ -33,6 +34,7 @@ __all__ = [
     "AShape",
     "BlockSparse",
     "Dense",
+    "GraphDecoder",
     "Pattern",
     "PatternConfig",
     "ShadowKVCache",

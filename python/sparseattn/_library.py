@@ -119,8 +119,13 @@ def _(selected, slot_chunk, last_used):
     return selected.new_empty(shape), selected.new_empty((*shape, 2)), selected.new_empty(shape[:2])
 
 
+@torch.library.register_fake("sparseattn::store_rows_")
+def _(x, store, scale=None, *, first=0):
+    return None
+
+
 @torch.library.register_fake("sparseattn::gather_values_")
-def _(store, values, misses, miss_count):
+def _(store, values, misses, miss_count, *, store_scale=None):
     return None
 
 
@@ -135,6 +140,7 @@ def _(
     chunk,
     interleaved=False,
     rope_scale=1.0,
+    factor_scale=None,
 ):
     batch, kv_heads, _, head_dim = basis.shape
     return basis.new_empty((batch, kv_heads, selected.shape[2] * chunk, head_dim))
@@ -160,5 +166,6 @@ def _(
     q_lens=None,
     exact_lens=None,
     exact_starts=None,
+    factor_scale=None,
 ):
     return _attention_fake(q, return_lse)

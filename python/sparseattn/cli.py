@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "info": ("sparseattn.info", "versions, devices, and the path chosen for each shape"),
     "demo": ("sparseattn.demo", "dense against sparse prefill on a real text"),
     "bench": ("sparseattn.bench", "benchmarks of the operators on this machine"),
+    "eval": ("sparseattn.evaluation.command", "accuracy of a model with sparse attention"),
     "search": ("sparseattn.search", "find the pattern of every head of a model"),
 }
 

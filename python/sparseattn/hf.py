@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparseattn import policy
 from sparseattn.patterns import PATTERNS, Dense, Pattern
@@ -52,6 +53,9 @@ MARK = "_sparseattn_shadow"
 
 _STATE = "_sparseattn_layer"  # attribute of an attention module
 _PREVIOUS = "_sparseattn_previous"  # attribute of the model: the implementation to go back to
+#: Of torch's attention for few rows. Not cuDNN, torch's first choice on some GPUs: it builds a plan
+#: for every new kv_len, 40 ms each, and in decode every kv_len is new.
+_ROW_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _MAX_MASK_ELEMENTS = 2**24  # of the masks that dense attention builds, a tile of rows at a time
 
 
@@ -143,6 +147,41 @@ def disable(model: Any) -> Any:
         if hasattr(module, _STATE):
             delattr(module, _STATE)
     return model
+
+
+def is_enabled(model: Any) -> bool:
+    """Whether ``enable`` was called for the model, and ``disable`` not since."""
+    states = (hasattr(module, _STATE) for module in _attention_modules(model))
+    return model.config._attn_implementation == NAME and all(states)
+
+
+def prefill(
+    model: Any, input_ids: Tensor, past_key_values: Any = None, *, slice_tokens: int = 32768
+) -> Tensor:
+    """Read a prompt that is too long for the model's own forward; returns logits ``[B, 1, vocab]``.
+
+    What ``model(input_ids, past_key_values=past_key_values, logits_to_keep=1).logits`` returns,
+    and the cache is as after it, so ``model.generate`` or single steps go on from there. But
+    norms, projections, RoPE and the MLP run on ``slice_tokens`` tokens at a time; the attention of
+    a layer is one call over all tokens, with the layer's patterns; keys and values exist for one
+    layer at a time, besides what the cache keeps of them. ``sparseattn.long_prefill`` has the sum:
+    2^20 tokens of Llama-3-8B with a ``ShadowKVCache`` take 62 GiB.
+
+    Args:
+        model: one that ``enable`` takes, enabled, with its language model head, on one device.
+        input_ids: int32 or int64 ``[B, N]`` on the model's device, without padding.
+        past_key_values: a transformers cache, also one that holds an earlier text, after which the
+            prompt is appended; None keeps nothing.
+        slice_tokens: in a slice. Results do not depend on it, but for rounding.
+
+    Raises:
+        TypeError, ValueError: a model without a head, of another family, not enabled, in training
+            mode or on several devices; bad input_ids or slice_tokens; a sliding window that is
+            shorter than the text.
+    """
+    from sparseattn import long_prefill
+
+    return long_prefill.prefill(model, input_ids, past_key_values, slice_tokens)
 
 
 def _register() -> None:
@@ -310,10 +349,7 @@ def attention(
         return layer.attend(query, scaling).transpose(1, 2).contiguous(), None
     q_len = query.shape[2]
     starts, kv_len = _key_range(attention_mask, q_len, key.shape[2])
-    if sliding_window is not None and kv_len > sliding_window:
-        raise ValueError(
-            f"sliding_window: expected at least kv_len = {kv_len}, got {sliding_window}"
-        )
+    _check_window(sliding_window, kv_len)
     key, value = key[:, :, :kv_len], value[:, :, :kv_len]
 
     if not any(starts):
@@ -333,6 +369,34 @@ def attention(
                     state, query[one, :, row:], key[one, :, start:], value[one, :, start:], scaling
                 )
     return out.transpose(1, 2).contiguous(), None
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kv_len: int,
+    scaling: float | None,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """The attention function for sequences without padding, and without transformers' layout.
+
+    Keys from ``kv_len`` on are the unused end of a static cache. Returns ``[B, Hq, q_len, D]``.
+    """
+    layer = getattr(key, MARK, None)
+    if layer is not None:
+        return layer.attend(query, scaling)
+    _check_window(sliding_window, kv_len)
+    state = getattr(module, _STATE)
+    return _attend(state, query, key[:, :, :kv_len], value[:, :, :kv_len], scaling)
+
+
+def _check_window(sliding_window: int | None, kv_len: int) -> None:
+    if sliding_window is not None and kv_len > sliding_window:
+        raise ValueError(
+            f"sliding_window: expected at least kv_len = {kv_len}, got {sliding_window}"
+        )
 
 
 def _refuse_options(
@@ -433,6 +497,7 @@ def _dense_rows(
             causal = (positions <= last[:, None]).repeat(group, 1)
             seen = causal if mask is None else mask & causal
         packed = tile.reshape(batch, kv_heads, group * rows, head_dim)
-        out = F.scaled_dot_product_attention(packed, k, v, attn_mask=seen, scale=scale)
+        with sdpa_kernel(_ROW_BACKENDS):
+            out = F.scaled_dot_product_attention(packed, k, v, attn_mask=seen, scale=scale)
         tiles.append(out.reshape(batch, heads, rows, head_dim))
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=2)

@@ -40,8 +40,10 @@ from sparseattn.reference_index import (  # noqa: F401  (most are names of this 
     vertical_slash_mass,
 )
 from sparseattn.reference_shadow import (  # noqa: F401  (names of this module)
+    dequantise_rows,
     lowrank_keys,
     lowrank_reconstruct,
+    quantise_rows,
     rope,
     shadow_attention,
     shadow_factor,

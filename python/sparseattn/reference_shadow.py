@@ -114,6 +114,24 @@ def shadow_plan(
     return slots, misses, slot_chunk, last_used
 
 
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [..., n] as float8_e4m3fn [..., n], and their fp32 scales [...].
+
+    The scale is the row's largest magnitude, NaN apart, / 448; its rounding and that of x / scale
+    to fp32 are part of the definition.
+    """
+    x = x.float()
+    largest = x.abs().nan_to_num(nan=0.0, posinf=math.inf).amax(-1)
+    scale = largest / torch.full_like(largest, 448)  # a number would be divided by otherwise
+    quotient = torch.where(scale[..., None] > 0, x / scale[..., None], x)
+    return quotient.clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
+def dequantise_rows(rows: Tensor, scale: Tensor) -> Tensor:
+    """The numbers of quantised rows, in fp32."""
+    return rows.float() * scale[..., None]
+
+
 def rope(
     x: Tensor,
     positions: Tensor,
@@ -142,10 +160,15 @@ def lowrank_keys(
     basis: Tensor,
     mean: Tensor | None = None,
     inv_freq: Tensor | None = None,
+    *,
+    factor_scale: Tensor | None = None,
     **options,
 ) -> Tensor:
     """All keys of a factor after RoPE: fp64 [B, Hkv, rows, D]."""
-    keys = factor.double().unsqueeze(1) @ basis.double()
+    factor = factor.double()
+    if factor_scale is not None:
+        factor = factor * factor_scale.double()[..., None]
+    keys = factor.unsqueeze(1) @ basis.double()
     if mean is not None:
         keys = keys + mean.double().unsqueeze(2)
     return rope(keys, torch.arange(factor.shape[1], device=factor.device), inv_freq, **options)
@@ -190,6 +213,7 @@ def shadow_attention(
     q_lens: Tensor | None = None,
     exact_lens: Tensor | None = None,
     exact_starts: Tensor | None = None,
+    factor_scale: Tensor | None = None,
 ):
     """Softmax attention of every row over its exact rows and the tokens of its chunks, in fp64."""
     batch, heads, q_len, dim = q.shape
@@ -198,7 +222,13 @@ def shadow_attention(
     values = values.unflatten(-1, (-1, dim))
     chunk = values.shape[3]
     rebuilt = lowrank_keys(
-        factor, basis, mean, inv_freq, interleaved=interleaved, rope_scale=rope_scale
+        factor,
+        basis,
+        mean,
+        inv_freq,
+        factor_scale=factor_scale,
+        interleaved=interleaved,
+        rope_scale=rope_scale,
     )
     out = q.new_zeros(q.shape, dtype=torch.float64)
     lse = q.new_full(q.shape[:3], -math.inf, dtype=torch.float64)

@@ -17,6 +17,7 @@ The order of calls, for every layer::
     factor = shadow_project(k, basis, mean)
     shadow_landmarks_(k_rotated, landmarks, min_cosine, chunk=8)
     outliers = shadow_outliers(min_cosine, count=48, sink_chunks=1)   # their keys, values: exact
+    store_rows_(v, store)                            # all values, chunk by chunk
 
     selected = shadow_select(q, landmarks, top_k=256, excluded=excluded)                # each step
     slot_of, misses, miss_count = shadow_plan_(selected, slot_chunk, last_used)
@@ -31,6 +32,9 @@ Batches of unequal length: ``q_lens``, ``kv_lens``, ``num_chunks``, ``first_chun
 and ``exact_starts`` are int32 or int64 tensors ``[batch]`` on the operators' device, clamped there
 to what the shapes allow and never read by the host; None means the whole length (the first row or
 chunk for ``first_chunk``, ``exact_starts``). What lies beyond them is not read, it may be NaN.
+
+fp8: a store and a factor may be ``torch.float8_e4m3fn`` with fp32 scales, one for each of their
+rows; :func:`store_rows_` writes them, the other operators take the scales beside them.
 
 On the CPU: float32 and bfloat16, head_dim 16, 32, 64, 96 or 128, sums in fp32. Everything else
 raises ``ValueError`` or ``TypeError`` that names the argument. There is no backward.
@@ -103,7 +107,7 @@ def shadow_project(
     """Rows of the factor: ``factor [batch, rows, rank]`` of the dtype of ``basis``.
 
     ``k [batch, kv_heads, rows, head_dim]`` before RoPE, ``basis`` and ``mean`` of
-    :func:`shadow_basis`. The mean is subtracted in fp32 before anything is rounded, 4096 rows at a
+    :func:`shadow_basis`. The mean is subtracted in fp32 before anything is rounded, 16384 rows at a
     time, so no second copy of a long prompt is made. ``out``: where to write, e.g. rows of a larger
     factor.
     """
@@ -120,12 +124,16 @@ def shadow_project(
         raise ValueError(
             f"out: expected shape {[batch, rows, basis.shape[2]]}, got {list(out.shape)}"
         )
-    for first in range(0, rows, 4096):
-        piece = k[:, :, first : first + 4096]
-        if mean is not None:
-            piece = piece - mean.unsqueeze(2)
-        piece = piece.to(basis.dtype).transpose(1, 2).flatten(2)
-        out[:, first : first + 4096] = piece @ flat
+    size = max(1, min(rows, 16384))
+    buffer = k.new_empty((batch, size, *k.shape[1::2]), dtype=basis.dtype)
+    for first in range(0, rows, size):
+        piece = k[:, :, first : first + size].transpose(1, 2)
+        centred = buffer[:, : piece.shape[1]]
+        if mean is None:
+            centred.copy_(piece)
+        else:  # one kernel: the difference in fp32, rounded where it is stored
+            torch.sub(piece, mean.unsqueeze(1), out=centred)
+        torch.matmul(centred.flatten(2), flat, out=out[:, first : first + size])
     return out
 
 
@@ -242,7 +250,32 @@ def shadow_plan_(
     return _call(_ops.shadow_plan_, selected, slot_chunk, last_used)
 
 
-def gather_values_(store: Tensor, values: Tensor, misses: Tensor, miss_count: Tensor) -> None:
+def store_rows_(x: Tensor, store: Tensor, scale: Tensor | None = None, *, first: int = 0) -> None:
+    """Writes rows into a store, ``group`` of them side by side, and quantises them if it is fp8.
+
+    ``x [batch, heads, rows, dim]``: values, of which the ``chunk`` rows of a chunk become a row of
+    ``store [batch, heads, n, group * dim]``, or rows of the factor (one head, group 1). The first
+    one becomes row ``first`` of the store; the rows of a head lie one after the other, and it may
+    be pinned host memory where the rest is on a GPU: then the kernel writes there, in the order of
+    the stream, and nobody waits. dim is a multiple of 8, group * dim of 16.
+
+    With ``scale`` (fp32 ``[batch, heads, n]``, on x's device) the store is ``torch.float8_e4m3fn``
+    (4 bits of exponent, 3 of mantissa, up to 448) and every row has its own scale: the largest
+    magnitude / 448 in fp32. A number ``x`` becomes the e4m3 nearest to ``x / scale``, ties to even:
+    off by at most 1/16 of itself, or by 2^-10 * scale if it is that small. NaN stays NaN and does
+    not count in the scale; a row with an infinity becomes NaN. Without, store is of x's dtype.
+    """
+    _call(_ops.store_rows_, x, store, scale, first=first)
+
+
+def gather_values_(
+    store: Tensor,
+    values: Tensor,
+    misses: Tensor,
+    miss_count: Tensor,
+    *,
+    store_scale: Tensor | None = None,
+) -> None:
     """Copies missed chunks from the store into their slots.
 
     ``store [batch, kv_heads, chunks, chunk * head_dim]`` may be pinned host memory where the rest
@@ -250,8 +283,12 @@ def gather_values_(store: Tensor, values: Tensor, misses: Tensor, miss_count: Te
     the rows of a head lie one after the other. ``misses [batch, kv_heads, top_k, 2]`` (slot, chunk)
     and ``miss_count [batch, kv_heads]`` int32 as :func:`shadow_plan_` returns them; pairs out of
     range are dropped.
+
+    With ``store_scale`` (fp32 ``[batch, kv_heads, chunks]``, where the values are) the store is
+    ``torch.float8_e4m3fn``, as :func:`store_rows_` writes it, and slots take its numbers times the
+    chunk's scale, rounded to their dtype.
     """
-    _call(_ops.gather_values_, store, values, misses, miss_count)
+    _call(_ops.gather_values_, store, values, misses, miss_count, store_scale=store_scale)
 
 
 def lowrank_reconstruct(
@@ -264,8 +301,9 @@ def lowrank_reconstruct(
     chunk: int,
     interleaved: bool = False,
     rope_scale: float = 1.0,
+    factor_scale: Tensor | None = None,
 ) -> Tensor:
-    """Keys of chunks after RoPE: ``[batch, kv_heads, top_k * chunk, head_dim]`` of factor's dtype.
+    """Keys of chunks after RoPE: ``[batch, kv_heads, top_k * chunk, head_dim]`` of basis's dtype.
 
     The key of token ``n`` and head ``h`` is ``rope(factor[b, n] @ basis[b, h] + mean[b, h], n)``:
     ``factor [batch, rows, rank]``, ``basis [batch, kv_heads, rank, head_dim]``, ``mean [batch,
@@ -278,6 +316,10 @@ def lowrank_reconstruct(
     len(inv_freq))`` (Llama, Qwen, Yi, Phi-3). YaRN, Llama-3 and LongRoPE are frequencies and a
     ``rope_scale``: ``inv_freq`` and ``attention_scaling`` of a model's rotary embedding. None: no
     rotation.
+
+    With ``factor_scale`` (fp32 ``[batch, rows]``) the factor is ``torch.float8_e4m3fn``, as
+    :func:`store_rows_` writes it, and ``factor[b, n]`` above stands for its numbers times
+    ``factor_scale[b, n]``; products and their sum are those of the numbers, then scaled in fp32.
     """
     return _call(
         _ops.lowrank_reconstruct,
@@ -289,6 +331,7 @@ def lowrank_reconstruct(
         chunk=chunk,
         interleaved=interleaved,
         rope_scale=rope_scale,
+        factor_scale=factor_scale,
     )
 
 
@@ -311,6 +354,7 @@ def shadow_attention(
     q_lens: Tensor | None = None,
     exact_lens: Tensor | None = None,
     exact_starts: Tensor | None = None,
+    factor_scale: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Decode attention over exact rows and selected chunks, keys of the latter rebuilt on the way.
 
@@ -320,7 +364,8 @@ def shadow_attention(
     exact_lens[b] - 1`` are the queries' own. Query row ``i`` sees the rows up to ``exact_lens[b] -
     q_lens[b] + i`` and all tokens of the selected chunks: ``selected`` and ``slot_of [batch,
     kv_heads, top_k]`` int32, values in ``values [batch, kv_heads, slots, chunk * head_dim]``, keys
-    from ``factor``, ``basis``, ``mean``, ``inv_freq`` as in :func:`lowrank_reconstruct`. ``chunk``
+    from ``factor``, ``basis``, ``mean``, ``inv_freq``, ``factor_scale`` as in
+    :func:`lowrank_reconstruct`. ``chunk``
     is what the rows of ``values`` say. Entries of which either is out of range are dropped; ids
     must be distinct, and not among the exact rows, or keys count twice.
 
@@ -347,5 +392,6 @@ def shadow_attention(
         q_lens=q_lens,
         exact_lens=exact_lens,
         exact_starts=exact_starts,
+        factor_scale=factor_scale,
     )
     return _result(pair, return_lse)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparseattn.hf import MARK, NAME
 from sparseattn.rope import Rope
-from sparseattn.shadow_layer import ShadowOptions, ShadowState
+from sparseattn.shadow_layer import ShadowOptions, ShadowState, StepPlace
 
 try:
     from transformers.cache_utils import Cache, CacheLayerMixin
@@ -30,6 +30,7 @@ class ShadowKVLayer(CacheLayerMixin):
         self.config, self.options, self.layer = config, options, layer
         self.dense_limit = options.dense_limit  # tokens
         self.state: ShadowState | None = None
+        self.place: StepPlace | None = None  # of the step of a GraphDecoder that is being run
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -50,18 +51,27 @@ class ShadowKVLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if self.state is None:
             return self._grow_dense(key_states, value_states)
+        if self.place is not None:
+            self.state.write(key_states, value_states, self.place)
+            return self._marked(key_states), value_states
         self.state.append(key_states, value_states)
         if key_states.shape[2] == 1 and self.config._attn_implementation == NAME:
-            marked = key_states.view_as(key_states)
-            setattr(marked, MARK, self)
-            return marked, value_states
+            return self._marked(key_states), value_states
         keys, values = self.state.everything()
         self.state.flush()
         return keys, values
 
+    def _marked(self, key_states: Tensor) -> Tensor:
+        marked = key_states.view_as(key_states)
+        setattr(marked, MARK, self)
+        return marked
+
     def _grow_dense(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        keys = torch.cat((self.keys, key_states), dim=2)
-        values = torch.cat((self.values, value_states), dim=2)
+        if self.keys.shape[2] == 0 and key_states.shape[2] > self.dense_limit:
+            keys, values = key_states, value_states  # compressed at once: no copy of a long text
+        else:
+            keys = torch.cat((self.keys, key_states), dim=2)
+            values = torch.cat((self.values, value_states), dim=2)
         if keys.shape[2] > self.dense_limit:
             rope = Rope.of_config(self.config, keys.shape[2])
             self.state = ShadowState(self.options, rope, keys, values)
@@ -73,8 +83,9 @@ class ShadowKVLayer(CacheLayerMixin):
     def attend(self, query: Tensor, scale: float | None) -> Tensor:
         """Attention of the step whose token update has just added."""
         assert self.state is not None
-        out = self.state.attend(query, scale)
-        self.state.flush()
+        out = self.state.attend(query, scale, self.place)
+        if self.place is None:
+            self.state.flush()
         return out
 
     def get_seq_length(self) -> int:
@@ -153,7 +164,12 @@ class ShadowKVCache(Cache):
         value_slots: chunks of values at hand for each key/value head (default: three halves of the
             budget); only chunks that are not are read from the store.
         value_store: "device", "host", or "auto": on the device if they take at most a quarter of
-            its free memory.
+            its free memory. "host" memory is pinned, exactly as large as the values and room for
+            more, and given back by ``reset`` or with the cache.
+        value_dtype: None, that of the model, or "fp8": e4m3 in the store with an fp32 scale for
+            each chunk and head, of which half the bytes are kept and fetched. A value is off by up
+            to 1/16 of itself. Outliers, sinks, the tail and generated tokens stay as they are.
+        factor_dtype: None, or "fp8": the same for the factor, with a scale for each token.
 
     All sequences of a batch have the same length; left padding is refused by the decode step.
 
@@ -174,6 +190,8 @@ class ShadowKVCache(Cache):
         local_tokens: int = 32,
         value_slots: int | None = None,
         value_store: str = "auto",
+        value_dtype: str | None = None,
+        factor_dtype: str | None = None,
     ):
         config = config.get_text_config(decoder=True)
         if rank < 16 or rank % 16:
@@ -200,6 +218,9 @@ class ShadowKVCache(Cache):
             )
         if value_store not in ("device", "host", "auto"):
             raise ValueError(f"value_store: expected device, host or auto, got {value_store!r}")
+        for name, kind in (("value_dtype", value_dtype), ("factor_dtype", factor_dtype)):
+            if kind not in (None, "fp8"):
+                raise ValueError(f"{name}: expected None or 'fp8', got {kind!r}")
         self.options = ShadowOptions(
             rank=rank,
             chunk=chunk_size,
@@ -210,6 +231,8 @@ class ShadowKVCache(Cache):
             flush=max(64, 2 * chunk_size),
             slots=slots,
             store=value_store,
+            quantise_values=value_dtype == "fp8",
+            quantise_factor=factor_dtype == "fp8",
         )
         layers = [
             ShadowKVLayer(config, self.options, layer) for layer in range(config.num_hidden_layers)
@@ -240,5 +263,5 @@ class ShadowKVCache(Cache):
                 hits += int(layer.state.hits)
                 missed = int(layer.state.misses)
                 misses += missed
-                read += missed * layer.state.slots.shape[3] * layer.state.slots.element_size()
+                read += missed * layer.state.bytes_of_a_miss
         return {"hits": hits, "misses": misses, "bytes_read": read}

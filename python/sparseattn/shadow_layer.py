@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sparseattn import shadow
 from sparseattn.rope import Rope
+from sparseattn.shadow_rows import Rows, StoredRows, allocate
 
 #: Types of devices that have all operators of a compressed layer.
 DEVICES = ("cpu", "cuda")
@@ -40,6 +41,8 @@ class ShadowOptions:
     flush: int  # tokens that become chunks at a time
     slots: int  # chunks whose values are at hand
     store: str  # "device", "host" or "auto"
+    quantise_values: bool = False  # in the store, to e4m3
+    quantise_factor: bool = False
 
     @property
     def dense_limit(self) -> int:
@@ -47,59 +50,25 @@ class ShadowOptions:
         return self.chunk * (self.top_k + self.outliers + self.sinks) + self.local + self.flush
 
 
-def _allocate(what: str, shape: tuple[int, ...], like: Tensor, *, host: bool = False) -> Tensor:
-    """An empty tensor of like's dtype; MemoryError says how much was needed."""
-    needed = torch.Size(shape).numel() * like.element_size()
-    try:
-        if host and like.is_cuda:
-            return torch.empty(shape, dtype=like.dtype, pin_memory=True)
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
-    except RuntimeError as error:
-        place = "host memory (pinned)" if host else f"memory of {like.device}"
-        raise MemoryError(
-            f"ShadowKVCache: {what} needs {needed / 2**20:.1f} MiB of {place}: {error}"
-        ) from error
+class StepPlace:
+    """Where a step of one token is, on the device, so that a CUDA graph can be told. The layers of
+    a cache are all at the same place."""
 
+    def __init__(self, batch: int, device: torch.device):
+        def numbers(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
 
-class _Rows:
-    """A tensor [B, H, rows, D] that grows at its end, with room to spare."""
+        self.row = numbers(1)  # of the exact buffers: takes the token's key and value
+        self.position = numbers(1, 1)  # of the token
+        self.exact_lens = numbers(batch)  # the token's row included
+        self.num_chunks = numbers(batch)
 
-    def __init__(self, what: str, rows: Tensor, *, host: bool = False):
-        self.what, self.host = what, host
-        self.length = 0
-        self.data = _allocate(what, (*rows.shape[:2], 0, rows.shape[3]), rows, host=host)
-        self.append(rows)
-
-    @property
-    def rows(self) -> Tensor:
-        return self.data[:, :, : self.length]
-
-    def reserve(self, length: int, like: Tensor) -> None:
-        if length <= self.data.shape[2]:
-            return
-        room = length + length // 32 + 64
-        shape = (*self.data.shape[:2], room, self.data.shape[3])
-        grown = _allocate(self.what, shape, like, host=self.host)
-        grown[:, :, : self.length] = self.rows
-        self.data = grown
-
-    def append(self, rows: Tensor) -> None:
-        length = self.length + rows.shape[2]
-        self.reserve(length, rows)
-        self.data[:, :, self.length : length] = rows
-        self.length = length
-
-    def drop(self, first: int, count: int) -> None:
-        """Removes rows [first, first + count)."""
-        moved = self.data[:, :, first + count : self.length].clone()
-        self.length -= count
-        self.data[:, :, first : self.length] = moved
-
-    def select(self, index: Tensor) -> None:
-        picked = self.data.index_select(0, index.to(self.data.device))
-        if self.host and not picked.is_pinned() and torch.cuda.is_available():
-            picked = picked.pin_memory()
-        self.data = picked
+    def go_to(self, state: ShadowState) -> None:
+        """The step after the tokens that the state has."""
+        self.row.fill_(state.keys.length)
+        self.position.fill_(state.length)
+        self.exact_lens.fill_(state.keys.length + 1)
+        self.num_chunks.fill_(state.chunks)
 
 
 class ShadowState:
@@ -123,12 +92,13 @@ class ShadowState:
         self.hits = torch.zeros((), dtype=torch.int64, device=keys.device)
         self.misses = torch.zeros((), dtype=torch.int64, device=keys.device)
         self.host = options.store == "host" or (
-            options.store == "auto" and not _fits(values[:, :, :count])
+            options.store == "auto"
+            and not _fits(values[:, :, :count], 1 if options.quantise_values else None)
         )
         cosine = self._add_chunks(keys[:, :, :count], values[:, :, :count])
         self._keep_exact(keys, values, cosine, count)
         slots = (batch, heads, options.slots)
-        self.slots = _allocate("values at hand", (*slots, chunk * dim), values)
+        self.slots = allocate("values at hand", (*slots, chunk * dim), values)
         self.slot_chunk = torch.full(slots, -1, dtype=torch.int32, device=keys.device)
         self.last_used = torch.zeros(slots, dtype=torch.int32, device=keys.device)
 
@@ -162,7 +132,6 @@ class ShadowState:
         landmarks = torch.empty(batch, heads, count, dim, dtype=keys.dtype, device=keys.device)
         cosine = torch.empty(batch, heads, count, dtype=torch.float32, device=keys.device)
         shadow.shadow_landmarks_(keys, landmarks, cosine, chunk=chunk)
-        stored = values.reshape(batch, heads, count, chunk * dim)
         parts = [
             self._factor_of(keys[:, :, at : at + _SLICE], first + at)
             for at in range(0, tokens, _SLICE)
@@ -170,21 +139,29 @@ class ShadowState:
         factor = torch.cat(parts, dim=2)
         excluded = torch.zeros(batch, heads, count, 1, dtype=torch.bool, device=keys.device)
         if self.chunks == 0:
-            self.factor = _Rows("the keys' factor", factor)
-            self.landmarks = _Rows("landmarks", landmarks)
-            self.excluded = _Rows("the list of exact chunks", excluded)
-            self.store = _Rows("values", stored, host=self.host)
+            self.factor = StoredRows(
+                "the keys' factor", factor, group=1, quantised=self.options.quantise_factor
+            )
+            self.landmarks = Rows("landmarks", landmarks)
+            self.excluded = Rows("the list of exact chunks", excluded)
+            self.store = StoredRows(
+                "values",
+                values,
+                group=chunk,
+                quantised=self.options.quantise_values,
+                host=self.host,
+            )
         else:
             # Reserved before any of them is changed: running out of memory changes nothing.
             total = self.chunks + count
             self.factor.reserve(first + tokens, factor)
             self.landmarks.reserve(total, landmarks)
             self.excluded.reserve(total, excluded)
-            self.store.reserve(total, stored)
+            self.store.reserve(total, values)
             self.factor.append(factor)
             self.landmarks.append(landmarks)
             self.excluded.append(excluded)
-            self.store.append(stored)
+            self.store.append(values)
         self.chunks += count
         return cosine
 
@@ -201,8 +178,8 @@ class ShadowState:
             rows = shadow.chunk_rows(x, self.outliers, chunk=options.chunk)
             return torch.cat((rows, x[:, :, compressed:]), dim=2)
 
-        self.keys = _Rows("exact keys", exact(keys))
-        self.values = _Rows("exact values", exact(values))
+        self.keys = Rows("exact keys", exact(keys))
+        self.values = Rows("exact values", exact(values))
 
     # --- growth --------------------------------------------------------------------------------
 
@@ -234,6 +211,28 @@ class ShadowState:
         self.keys.drop(self.first, count)
         self.values.drop(self.first, count)
 
+    def reserve(self, tokens: int) -> None:
+        """Makes room for ``tokens`` more: until then buffers keep their addresses."""
+        options = self.options
+        chunks = (self.length + tokens) // options.chunk
+        self.factor.reserve(chunks * options.chunk, self.factor.data)
+        for rows in (self.landmarks, self.excluded, self.store):
+            rows.reserve(chunks, rows.data)
+        tail = options.local + options.flush + options.chunk
+        for rows in (self.keys, self.values):
+            rows.reserve(max(rows.length, self.first + tail), rows.data)
+
+    def write(self, keys: Tensor, values: Tensor, place: StepPlace) -> None:
+        """The token of a step whose place is on the device; :meth:`stepped` counts it."""
+        self.keys.data.index_copy_(2, place.row, keys)
+        self.values.data.index_copy_(2, place.row, values)
+
+    def stepped(self) -> None:
+        """A step at a place has been run."""
+        self.keys.length += 1
+        self.values.length += 1
+        self.flush()
+
     # --- use -----------------------------------------------------------------------------------
 
     def everything(self) -> tuple[Tensor, Tensor]:
@@ -251,45 +250,62 @@ class ShadowState:
             chunk=options.chunk,
             interleaved=self.rope.interleaved,
             rope_scale=self.rope.scale,
+            factor_scale=_of_one_head(self.factor.scale_rows),
         )
         chunked = keys.view(batch, heads, self.chunks, options.chunk * dim)
         exact = self.keys.data[:, :, : self.first].reshape(batch, heads, -1, options.chunk * dim)
         index = self.outliers.long()[..., None].expand_as(exact)
         keys = chunked.scatter(2, index, exact).view_as(keys)
-        values = self.store.rows.to(place).reshape(batch, heads, self.compressed, dim)
+        values = self.store.numbers().reshape(batch, heads, self.compressed, dim)
         tail = slice(self.first, self.keys.length)
         return (
             torch.cat((keys, self.keys.data[:, :, tail]), dim=2),
             torch.cat((values, self.values.data[:, :, tail]), dim=2),
         )
 
-    def attend(self, query: Tensor, scale: float | None) -> Tensor:
-        """Decode attention of the last tokens ``query [B, Hq, q_len, D]``; same shape."""
+    def attend(self, query: Tensor, scale: float | None, place: StepPlace | None = None) -> Tensor:
+        """Decode attention of the last tokens ``query [B, Hq, q_len, D]``; same shape.
+
+        With ``place``, of a token that :meth:`write` has put there: whole buffers are handed over,
+        and the device knows what of them is filled.
+        """
         options = self.options
         top_k = min(options.top_k, self.chunks)
-        excluded = self.excluded.rows[..., 0].contiguous()
+        if place is None:
+            keys, values, lens = self.keys.rows, self.values.rows, None
+            landmarks, excluded = self.landmarks.rows, self.excluded.rows[..., 0].contiguous()
+            store, factor, chunks = self.store.rows, self.factor.rows, None
+            scales = self.store.scale_rows, self.factor.scale_rows
+        else:
+            keys, values, lens = self.keys.data, self.values.data, place.exact_lens
+            landmarks, excluded = self.landmarks.data, self.excluded.data[..., 0]
+            store, factor, chunks = self.store.data, self.factor.data, place.num_chunks
+            scales = self.store.scales, self.factor.scales
+            top_k = options.top_k  # also while there are fewer chunks: entries are -1 then
         selected = shadow.shadow_select(
-            query, self.landmarks.rows, top_k=top_k, excluded=excluded, scale=scale
+            query, landmarks, top_k=top_k, excluded=excluded, num_chunks=chunks, scale=scale
         )
         slot_of, misses, miss_count = shadow.shadow_plan_(selected, self.slot_chunk, self.last_used)
-        shadow.gather_values_(self.store.rows, self.slots, misses, miss_count)
+        shadow.gather_values_(store, self.slots, misses, miss_count, store_scale=scales[0])
         missed = miss_count.sum()
         self.misses += missed
         self.hits += (selected >= 0).sum() - missed
         return shadow.shadow_attention(
             query,
-            self.keys.rows,
-            self.values.rows,
+            keys,
+            values,
             selected,
             slot_of,
             self.slots,
-            self.factor.rows[:, 0],
+            factor[:, 0],
             self.basis,
             self.mean,
             self.inv_freq,
             interleaved=self.rope.interleaved,
             rope_scale=self.rope.scale,
             scale=scale,
+            exact_lens=lens,
+            factor_scale=_of_one_head(scales[1]),
         )
 
     def select(self, index: Tensor) -> None:
@@ -315,21 +331,31 @@ class ShadowState:
             setattr(self, name, x.index_select(0, index.to(x.device)))
 
     def memory(self) -> dict[str, int]:
-        """Bytes by part; ``host_values`` are in (pinned) host memory."""
+        """Bytes by part; ``host_values`` are in (pinned) host memory, but for the scales of fp8."""
         store = "host_values" if self.host else "store_values"
         parts: dict[str, Any] = {
-            "factor": (self.factor.data, self.basis, self.mean),
+            "factor": (self.factor, self.basis, self.mean),
             "landmarks": (self.landmarks.data, self.excluded.data),
             "exact": (self.keys.data, self.values.data),
-            store: (self.store.data,),
+            store: (self.store,),
             "value_slots": (self.slots, self.slot_chunk, self.last_used),
         }
         return {name: sum(x.nbytes for x in tensors) for name, tensors in parts.items()}
 
+    @property
+    def bytes_of_a_miss(self) -> int:
+        """A chunk's row of the store."""
+        return self.store.data.shape[3] * self.store.data.element_size()
 
-def _fits(values: Tensor) -> bool:
-    """Whether the values may stay on the device: they take at most a quarter of what is free."""
+
+def _of_one_head(scales: Tensor | None) -> Tensor | None:
+    return None if scales is None else scales[:, 0]
+
+
+def _fits(values: Tensor, size: int | None) -> bool:
+    """Whether the values, of ``size`` bytes each or their own, may stay on the device: they take at
+    most a quarter of what is free."""
     if not values.is_cuda:
         return True
     free, _ = torch.cuda.mem_get_info(values.device)
-    return values.nbytes * 4 <= free
+    return values.numel() * (size or values.element_size()) * 4 <= free

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/cuda/ptx_sm90.cuh"
 #include "sparseattn/plan.h"
 #include "sparseattn/types.h"
 
@@ -14,6 +15,20 @@ constexpr int kPairRows = kConsumers * kTileRows;
 constexpr int kBoxRows = 64;
 constexpr int kStageRows = 2 * kBoxRows;
 constexpr int kConsumerWarps = 4;  // of one consumer
+
+/// Lanes that arrive on a barrier for their warp: one, after __syncwarp has ordered what the others
+/// did. compute-sanitizer's racecheck knows barriers only from the threads that arrive, so the
+/// build for it (CMake: SPARSEATTN_RACECHECK) lets all of them arrive.
+#ifdef SPARSEATTN_RACECHECK
+inline constexpr int kArrivingLanes = 32;
+#else
+inline constexpr int kArrivingLanes = 1;
+#endif
+
+/// An arrival of the warp whose lanes have met since they last used what the barrier guards.
+__device__ __forceinline__ void arrive_as_warp(cuda::MBarrier& barrier, int lane) {
+  if (lane < kArrivingLanes) barrier.arrive();
+}
 
 /// 64 rows of keys, or of a head's packed columns, from `start` on. Rows outside the tensor are
 /// zeros. A consumer that is not an owner sees none of the keys. Boxes are loaded and computed in

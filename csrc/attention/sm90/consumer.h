@@ -29,16 +29,18 @@ class Consumer {
 
   __device__ void run() {
     if (index_ == 0) pass_turn();  // the second comes first
-    RingPosition<2> tile;
-    uint32_t query_parity = 0;
-    for (;; tile.advance(), query_parity ^= 1) {
-      smem_.tile_full[tile.index].wait(tile.parity);
-      if (smem_.tiles[tile.index].sequence < 0) break;
-      smem_.query_full.wait(query_parity);
-      attend(smem_.tiles[tile.index]);
-      store(smem_.tiles[tile.index]);
-      __syncwarp();
-      release(smem_.tile_free[tile.index]);
+    next_tile();
+    if (!stops()) {
+      begin_tile();
+      Scores scores;
+      Probabilities probabilities;  // of a step whose output is pending
+      Stage before;                 // ... the stage of it
+      PairWord word{0};
+      bool pending = false;
+      for (bool more = true; more;) {
+        attend(scores, probabilities, before, word, pending);
+        more = end_tile(scores, probabilities, before, word, pending);
+      }
     }
     if (index_ == 1) take_turn();  // the other's last pass
   }
@@ -63,7 +65,7 @@ class Consumer {
   /// One arrival a warp. All its lanes are done: the end of a product of the whole warp, or
   /// __syncwarp, lies between what they read and this.
   __device__ __forceinline__ void release(cuda::MBarrier& barrier) {
-    if (thread_ % 32 == 0) barrier.arrive();
+    arrive_as_warp(barrier, thread_ % 32);
   }
 
   /// Of the stage at hand.
@@ -71,19 +73,38 @@ class Consumer {
     return {smem_.stages[at_.index].words[index_].bits};
   }
 
-  /// Goes through the tile's pairs. The output of a step is computed in the next one, or when there
-  /// is none.
-  __device__ __forceinline__ void attend(const Tile& tile) {
+  __device__ const Tile& tile() const { return smem_.tiles[tile_.index]; }
+  __device__ void next_tile() { smem_.tile_full[tile_.index].wait(tile_.parity); }
+  __device__ bool stops() const { return tile().sequence < 0; }
+
+  __device__ __forceinline__ void begin_tile() {
+    smem_.query_full.wait(query_parity_);
+    query_parity_ ^= 1;
+    reset();
+  }
+  __device__ __forceinline__ void reset() {
     cute::clear(output_);
     softmax_.reset();
-    Scores scores;
-    Probabilities probabilities;  // of the step before, whose output is pending
-    Stage before;
-    bool pending = false;
-    PairWord word{0};
+  }
+  __device__ __forceinline__ void store_tile(RingPosition<2> at) {
+    store(smem_.tiles[at.index]);
+    __syncwarp();
+    release(smem_.tile_free[at.index]);
+  }
+
+  /// Goes through the tile's pairs. The output of a step is computed in the next one, or when there
+  /// is none, but for the tile's last.
+  __device__ __forceinline__ void attend(Scores& scores, Probabilities& probabilities,
+                                         Stage& before, PairWord& word, bool& pending) {
     while (find_step(word, probabilities, before, pending)) {
       if (!pending) {
-        word = begin_steps(scores, probabilities, tile);
+        smem_.keys_full[at_.index].wait(at_.parity);
+        word = read_word();
+        take_turn();
+        issue_scores(scores);
+        pass_turn();
+        cute::warpgroup_wait<0>();
+        begin_steps(word, scores, probabilities);
         pending = true;
         before = at_;
         at_.advance();
@@ -99,24 +120,65 @@ class Consumer {
         pass_turn();
         // The products of this consumer end one after the other, the scores first.
         cute::warpgroup_wait<1>();
-        finish_scores(word, scores, tile);
+        finish_scores(word, scores, tile());
         float rescale[2];
-        const bool raised = softmax_.raise(scores, scale_log2_, rescale);
-        softmax_.exponentiate(scores, scale_log2_);
+        const bool moved = softmax_.shift(scores, scale_log2_, rescale);
+        softmax_.exponentiate(scores);
         stay_ahead(scores);
         finish_output(before);
-        if (__builtin_expect(raised, false)) scale_output(rescale);
+        if (moved) scale_output(rescale);
         softmax_.add(scores);
         pack(scores, probabilities);
         before = at_;
         at_.advance();
       } while (word.has(PairWord::kNext));
     }
-    if (pending) compute_output(before, probabilities);
     if (word.has(PairWord::kEven)) {
       take_turn();
       pass_turn();
     }
+  }
+
+  /// Stores the tile and goes to the next one; false: there is none. If it begins with a step of
+  /// this consumer, its scores are computed while the output is, and is stored.
+  __device__ __forceinline__ bool end_tile(Scores& scores, Probabilities& probabilities,
+                                           Stage& before, PairWord& word, bool& pending) {
+    const RingPosition<2> last = tile_;
+    tile_.advance();
+    next_tile();
+    const bool stop = stops();
+    bool joins = false;
+    if (!stop && pending) {
+      smem_.keys_full[at_.index].wait(at_.parity);
+      word = read_word();
+      joins = word.has(PairWord::kStep);
+    }
+    if (!joins) {
+      if (pending) compute_output(before, probabilities);
+      store_tile(last);
+      pending = false;
+      word = {0};
+      if (stop) return false;
+      begin_tile();
+      return true;
+    }
+    smem_.values_full[before.index].wait(before.parity);
+    issue_output(before, probabilities);
+    smem_.query_full.wait(query_parity_);
+    query_parity_ ^= 1;
+    take_turn();
+    issue_scores(scores);
+    pass_turn();
+    cute::warpgroup_wait<1>();  // the output, which was issued first
+    cute::warpgroup_fence_operand(output_);
+    release(smem_.values_free[before.index]);
+    store_tile(last);
+    cute::warpgroup_wait<0>();
+    reset();
+    begin_steps(word, scores, probabilities);
+    before = at_;
+    at_.advance();
+    return true;
   }
 
   /// Goes past pairs of the other. `word`: of the pair before; false: it was the tile's last.
@@ -148,22 +210,15 @@ class Consumer {
     finish_output(step);
   }
 
-  /// A step with no output pending; its word.
-  __device__ __forceinline__ PairWord begin_steps(Scores& scores, Probabilities& probabilities,
-                                                  const Tile& tile) {
-    smem_.keys_full[at_.index].wait(at_.parity);
-    const PairWord word = read_word();
-    take_turn();
-    issue_scores(scores);
-    pass_turn();
-    cute::warpgroup_wait<0>();
-    finish_scores(word, scores, tile);
+  /// The scores of a step with no output pending have arrived.
+  __device__ __forceinline__ void begin_steps(PairWord word, Scores& scores,
+                                              Probabilities& probabilities) {
+    finish_scores(word, scores, tile());
     float rescale[2];
-    if (softmax_.raise(scores, scale_log2_, rescale)) scale_output(rescale);
-    softmax_.exponentiate(scores, scale_log2_);
+    if (softmax_.shift(scores, scale_log2_, rescale)) scale_output(rescale);
+    softmax_.exponentiate(scores);
     softmax_.add(scores);
     pack(scores, probabilities);
-    return word;
   }
 
   /// Keeps the assembler from moving the exponentials behind the wait that follows: a loop that is
@@ -346,7 +401,7 @@ class Consumer {
       }
       if (params_.lse != nullptr && thread_ % 4 == 0) {
         params_.lse[head_row * shape.q_len + query_row] =
-            sum > 0.f ? softmax_.max[row] * params_.scale + logf(sum) : -INFINITY;
+            sum > 0.f ? softmax_.reference[row] * 0.6931471805599453f + logf(sum) : -INFINITY;
       }
     }
   }
@@ -356,6 +411,8 @@ class Consumer {
   const int index_, thread_;
   const float scale_log2_;
   Stage at_;
+  RingPosition<2> tile_;
+  uint32_t query_parity_ = 0;
   Output output_;
   OnlineSoftmax<Traits::kSlack> softmax_;
 };

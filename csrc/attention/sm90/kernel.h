@@ -1,6 +1,6 @@
 // The Hopper attention kernel: a persistent CTA of one producer and two consumer warpgroups.
 //
-// Barriers, with the arrivals that end a phase:
+// Barriers, with the arrivals that end a phase, a warp counting once (kArrivingLanes):
 //   keys_full, values_full   1: the loader, with the bytes of the copy
 //   keys_free                8: every consumer warp, also where it only reads the pair's word
 //   values_free              8: every consumer warp, or the loader for one that owns no box there
@@ -18,7 +18,7 @@ namespace sparseattn::sm90 {
 
 template <class Storage>
 __device__ __forceinline__ void init_barriers(Storage& smem) {
-  constexpr int kReaders = kConsumers * kConsumerWarps;
+  constexpr int kWarp = kArrivingLanes, kReaders = kConsumers * kConsumerWarps * kWarp;
   for (auto& barrier : smem.keys_full) barrier.init(1);
   for (auto& barrier : smem.keys_free) barrier.init(kReaders);
   for (auto& barrier : smem.values_full) barrier.init(1);
@@ -27,12 +27,12 @@ __device__ __forceinline__ void init_barriers(Storage& smem) {
   smem.query_free.init(kReaders);
   for (int i = 0; i < 2; ++i) {
     smem.tile_full[i].init(1);
-    smem.tile_free[i].init(kReaders + 3);
-    smem.boxes_full[i].init(1);
-    smem.boxes_free[i].init(1);
+    smem.tile_free[i].init(kReaders + 3 * kWarp);
+    smem.boxes_full[i].init(kWarp);
+    smem.boxes_free[i].init(kWarp);
   }
-  for (auto& barrier : smem.pairs_full) barrier.init(1);
-  for (auto& barrier : smem.pairs_free) barrier.init(2);
+  for (auto& barrier : smem.pairs_full) barrier.init(kWarp);
+  for (auto& barrier : smem.pairs_free) barrier.init(2 * kWarp);
   cuda::fence_barrier_init();
 }
 

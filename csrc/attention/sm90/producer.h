@@ -95,10 +95,8 @@ class Planner {
   __device__ void begin_batch() { smem_.boxes_free[batch_.index].wait(batch_.parity ^ 1); }
   __device__ void end_batch(uint32_t head) {
     __syncwarp();
-    if (lane_ == 0) {
-      smem_.box_count[batch_.index] = head;
-      smem_.boxes_full[batch_.index].arrive();
-    }
+    if (lane_ == 0) smem_.box_count[batch_.index] = head;
+    arrive_as_warp(smem_.boxes_full[batch_.index], lane_);
     batch_.advance();
   }
 
@@ -127,7 +125,7 @@ class Loader {
       if (begins) begin_tile();
       begins = pair.words[0].has(PairWord::kEnd);
       load_pair(pair);
-      if (lane_ == 0) smem_.pairs_free[slot.index].arrive();
+      arrive_as_warp(smem_.pairs_free[slot.index], lane_);
     }
   }
 
@@ -139,7 +137,7 @@ class Loader {
     kv_head_ = tile.head / params_.shape.group();
     packed_row_ = tile.task.slot * params_.plan.sizes.packed_rows();
     __syncwarp();
-    if (lane_ == 0) smem_.tile_free[tile_.index].arrive();
+    arrive_as_warp(smem_.tile_free[tile_.index], lane_);
     tile_.advance();
   }
 
@@ -169,7 +167,7 @@ class Loader {
         // A consumer that does not own the pair never looks at the values.
         const uint32_t owners = boxes[0].owners();
         const int strangers = !(owners & 1) + !(owners & 2);
-        if (strangers != 0) free.arrive(strangers * kConsumerWarps);
+        if (strangers != 0) free.arrive(strangers * kConsumerWarps * kArrivingLanes);
       }
       full.arrive_expect(copied * Traits::kBoxBytes);
 #pragma unroll
@@ -226,7 +224,7 @@ class Dealer {
       Box box;
       if (lane_ < kBatch) box = smem_.boxes[batch.index][lane_];
       __syncwarp();
-      if (lane_ == 0) smem_.boxes_free[batch.index].arrive();
+      arrive_as_warp(smem_.boxes_free[batch.index], lane_);
 
       await_slots();
       if (head & kStop) {
@@ -267,7 +265,7 @@ class Dealer {
   }
   __device__ void publish(uint32_t number) {
     __syncwarp();
-    if (lane_ == 0) smem_.pairs_full[number % kPairSlots].arrive();
+    arrive_as_warp(smem_.pairs_full[number % kPairSlots], lane_);
   }
 
   /// For a tile that sees nothing: 64 zeros that nobody sees.
@@ -279,11 +277,9 @@ class Dealer {
     smem_.tile_full[tile_.index].wait(tile_.parity);
     smem_.query_free.wait(query_parity_ ^ 1);
     query_parity_ ^= 1;
-    if (lane_ == 0) {
-      load_query(smem_.tiles[tile_.index]);
-      smem_.tile_free[tile_.index].arrive();
-    }
+    if (lane_ == 0) load_query(smem_.tiles[tile_.index]);
     __syncwarp();
+    arrive_as_warp(smem_.tile_free[tile_.index], lane_);
     tile_.advance();
   }
 

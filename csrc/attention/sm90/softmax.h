@@ -17,81 +17,52 @@ __device__ __forceinline__ float quad_sum(float x) {
 /// Fragments are accumulators, element 4 n + 2 row + c: column 8 n + 2 (lane % 4) + c.
 ///
 /// Probabilities are relative to a reference, a maximum of earlier scores that may be behind by
-/// kSlack (base 2), so that outputs are rescaled rarely.
+/// kSlack (base 2), so that it moves rarely and a step's maximum need not be known: it is enough
+/// that no exponent exceeds kSlack. As integers, floats above a positive one are those above it, so
+/// three of them are compared in one instruction.
 template <int kSlack>
 struct OnlineSoftmax {
-  float max[2];  // the reference, a raw score
-  float sum[2];  // this thread's share, relative to the reference
+  float reference[2];  // base 2, scaled; 0 as long as the row has seen nothing
+  float sum[2];        // this thread's share, relative to the reference
+  bool fresh[2];       // the row has seen nothing
 
   __device__ __forceinline__ void reset() {
-    max[0] = max[1] = -INFINITY;
+    reference[0] = reference[1] = 0.f;
     sum[0] = sum[1] = 0.f;
+    fresh[0] = fresh[1] = true;
   }
 
-  /// Raises references that are behind by more than kSlack to the maxima of the scores. Whether one
-  /// of the warp was; then `rescale` receives the factors from the old references to the new ones,
-  /// exactly 1 where one stays. A row's reference depends on nothing but what the row sees.
+  /// Turns scores into exponents of 2, in place. Whether a reference of the warp was moved; then
+  /// `rescale` receives the factors from the old references to the new ones, exactly 1 where one
+  /// stays. A row's reference depends on nothing but what the row sees.
   template <class Scores>
-  __device__ __forceinline__ bool raise(const Scores& scores, float scale_log2,
-                                        float (&rescale)[2]) {
+  __device__ __forceinline__ bool shift(Scores& scores, float scale_log2, float (&rescale)[2]) {
     constexpr int kTiles = decltype(cute::size(scores))::value / 4;
-    // Four chains a row: fewer would wait on their own latency.
-    float high[2][4];
+    int high[4] = {0, 0, 0, 0};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const float x = scores(4 * n + 2 * row + c);
-          float& chain = high[row][2 * (n % 2) + c];
-          chain = n < 2 ? x : fmaxf(chain, x);
-        }
+        float& a = scores(4 * n + 2 * row);
+        float& b = scores(4 * n + 2 * row + 1);
+        a = fmaf(a, scale_log2, -reference[row]);
+        b = fmaf(b, scale_log2, -reference[row]);
+        int& chain = high[2 * (n % 2) + row];
+        chain = max(chain, max(__float_as_int(a), __float_as_int(b)));
       }
     }
-    float top[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      top[row] = fmaxf(fmaxf(high[row][0], high[row][1]), fmaxf(high[row][2], high[row][3]));
-    }
-    // With nothing seen yet the reference is -inf: any score is above it. -inf - -inf compares
-    // false.
-    const bool behind =
-        (top[0] - max[0]) * scale_log2 > kSlack || (top[1] - max[1]) * scale_log2 > kSlack;
-    if (__builtin_expect(!__any_sync(~0u, behind), true)) return false;
-#pragma unroll
-    for (int lanes = 2; lanes > 0; lanes /= 2) {
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        top[row] = fmaxf(top[row], __shfl_xor_sync(~0u, top[row], lanes));
-      }
-    }
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      if (!((top[row] - max[row]) * scale_log2 > kSlack)) top[row] = max[row];
-      rescale[row] = cuda::exp2_approx((max[row] - finite(top[row])) * scale_log2);
-      max[row] = top[row];
-      sum[row] *= rescale[row];
-    }
+    const int top = max(max(high[0], high[1]), max(high[2], high[3]));
+    const bool moves = top > __float_as_int(static_cast<float>(kSlack)) || fresh[0] || fresh[1];
+    if (!__any_sync(~0u, moves)) return false;
+    move(scores, rescale);
     return true;
   }
 
-  /// Turns scores into probabilities, in place.
+  /// Turns exponents into probabilities, in place.
   template <class Scores>
-  __device__ __forceinline__ void exponentiate(Scores& scores, float scale_log2) const {
-    constexpr int kTiles = decltype(cute::size(scores))::value / 4;
-    const float shift[2] = {finite(max[0]) * scale_log2, finite(max[1]) * scale_log2};
+  __device__ __forceinline__ void exponentiate(Scores& scores) const {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          float& x = scores(4 * n + 2 * row + c);
-          x = cuda::exp2_approx(fmaf(x, scale_log2, -shift[row]));
-        }
-      }
-    }
+    for (int i = 0; i < cute::size(scores); ++i) scores(i) = cuda::exp2_approx(scores(i));
   }
 
   /// Adds probabilities to the sums. Apart from the exponentials, whose pace an addition that has
@@ -115,8 +86,34 @@ struct OnlineSoftmax {
   }
 
  private:
-  /// A row that has seen nothing yet keeps -inf as its maximum; 0 stands in for it in differences.
-  static __device__ __forceinline__ float finite(float x) { return x == -INFINITY ? 0.f : x; }
+  template <class Scores>
+  __device__ __forceinline__ void move(Scores& exponents, float (&rescale)[2]) {
+    constexpr int kTiles = decltype(cute::size(exponents))::value / 4;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      float top = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        top = fmaxf(top, fmaxf(exponents(4 * n + 2 * row), exponents(4 * n + 2 * row + 1)));
+      }
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+      const bool first = fresh[row] && top > -INFINITY;
+      const float moved = first || top > kSlack ? reference[row] + top : reference[row];
+      // What the reference moves by, its rounding included; 0 where it stays.
+      const float by = moved - reference[row];
+      rescale[row] = cuda::exp2_approx(-by);
+      if (first) rescale[row] = 1.f;  // of nothing
+      fresh[row] = fresh[row] && !first;
+      reference[row] = moved;
+      sum[row] *= rescale[row];
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n) {
+        exponents(4 * n + 2 * row) -= by;
+        exponents(4 * n + 2 * row + 1) -= by;
+      }
+    }
+  }
 };
 
 }  // namespace sparseattn::sm90

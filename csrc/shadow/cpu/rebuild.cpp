@@ -4,6 +4,8 @@
 #include <cmath>
 #include <vector>
 
+#include "shadow/cpu/e4m3.h"
+
 namespace sparseattn::cpu {
 namespace {
 
@@ -34,6 +36,8 @@ Rebuilder::Rebuilder(const Kernels& kernels, const LowRankKeys& keys, DType dtyp
       head_dim_(head_dim),
       panels_((head_dim + kPanelRows - 1) / kPanelRows),
       factor_(rows_of_head(keys.factor, dtype, sequence, 0, 0)),
+      e4m3_(e4m3_of_head(keys.factor, sequence, 0, 0)),
+      scales_(keys.factor_scales.of_head(sequence, 0)),
       mean_(keys.mean == nullptr ? nullptr : keys.mean + (sequence * kv_heads + head) * head_dim),
       basis_(static_cast<size_t>(panels_) * keys.rank * kPanelRows) {
   const Rows basis = rows_of_head(keys.basis, dtype, sequence, head, 0);
@@ -65,7 +69,7 @@ void Rebuilder::rebuild(const int32_t* tokens, int32_t count, float* out) {
   // The score kernel contracts over at most kMaxHeadDim elements: the rank goes in pieces.
   for (int32_t first = 0; first < keys_.rank; first += kMaxHeadDim) {
     const int32_t length = std::min(kMaxHeadDim, keys_.rank - first);
-    kernels_.pack_keys(columns_from(factor_, first), tokens, count, length, rows_.data());
+    pack_factor(tokens, count, first, length);
     for (int32_t panel = 0; panel < panels_; ++panel) {
       const int32_t dims = std::min(kPanelRows, head_dim_ - panel * kPanelRows);
       kernels_.scores(basis_.data() + (int64_t{panel} * keys_.rank + first) * kPanelRows,
@@ -77,6 +81,24 @@ void Rebuilder::rebuild(const int32_t* tokens, int32_t count, float* out) {
     }
   }
   for (int32_t i = 0; i < count; ++i) rotate(tokens[i], out + i * kMaxHeadDim);
+}
+
+void Rebuilder::pack_factor(const int32_t* tokens, int32_t count, int32_t first, int32_t length) {
+  if (!keys_.factor_scales.quantised()) {
+    kernels_.pack_keys(columns_from(factor_, first), tokens, count, length, rows_.data());
+    return;
+  }
+  const auto& numbers = e4m3_numbers();
+  const int32_t padded = (count + kKeyGroup - 1) / kKeyGroup * kKeyGroup;
+  for (int32_t i = 0; i < padded; ++i) {
+    float* row = rows_.data() + i * kMaxHeadDim;
+    if (i >= count) {
+      std::fill_n(row, length, 0.0f);
+      continue;
+    }
+    const uint8_t* from = e4m3_ + tokens[i] * keys_.factor.row_stride + first;
+    for (int32_t d = 0; d < length; ++d) row[d] = numbers[from[d]] * scales_[tokens[i]];
+  }
 }
 
 void Rebuilder::rotate(int32_t token, float* key) const {

@@ -29,13 +29,18 @@ class Rebuilder {
   void rebuild(const int32_t* tokens, int32_t count, float* out);
 
  private:
+  /// rows_ [count][kMaxHeadDim] = columns [first, first + length) of the factor, padded as
+  /// `rebuild` pads.
+  void pack_factor(const int32_t* tokens, int32_t count, int32_t first, int32_t length);
   void rotate(int32_t token, float* key) const;
 
   const Kernels& kernels_;
   const LowRankKeys& keys_;
   const int32_t head_dim_;
   const int32_t panels_;
-  const Rows factor_;
+  const Rows factor_;    // where it is not quantised
+  const uint8_t* e4m3_;  // where it is, its rows and scales
+  const float* scales_;
   const float* mean_;  // or null
   FloatBuffer basis_;  // [panels_][rank][kPanelRows dims]
   FloatBuffer rows_{kChunkKeys * kMaxHeadDim};

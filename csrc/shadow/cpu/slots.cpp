@@ -1,7 +1,6 @@
-// Which slots hold the values of the selected chunks, and the copies that bring them there.
+// Which slots hold the values of the selected chunks.
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <utility>
 #include <vector>
 
@@ -71,23 +70,6 @@ Status shadow_plan(const ShadowPlan& p, const ParallelFor& parallel_for) {
   const int64_t heads = int64_t{p.batch} * p.kv_heads;
   for_each_item<Scratch>(parallel_for, heads,
                          [&](int64_t head, Scratch& scratch) { plan_head(p, head, scratch); });
-  return {};
-}
-
-Status gather_values(const GatherValues& p, const ParallelFor& parallel_for) {
-  struct NoScratch {};
-  const int64_t heads = int64_t{p.batch} * p.kv_heads;
-  for_each_item<NoScratch>(parallel_for, heads, [&](int64_t head, NoScratch&) {
-    const int64_t sequence = head / p.kv_heads, kv_head = head % p.kv_heads;
-    const int32_t* misses = p.misses + head * p.top_k * 2;
-    const int32_t count = std::min(p.miss_count[head], p.top_k);
-    for (int32_t i = 0; i < count; ++i) {
-      const int32_t slot = misses[2 * i], chunk = misses[2 * i + 1];
-      if (slot < 0 || slot >= p.slots || chunk < 0 || chunk >= p.chunks) continue;
-      std::memcpy(rows_of_head(p.values, p.dtype, sequence, kv_head, slot).data,
-                  rows_of_head(p.store, p.dtype, sequence, kv_head, chunk).data, p.row_bytes);
-    }
-  });
   return {};
 }
 

@@ -169,7 +169,11 @@ Status shadow_attention(const ShadowAttention& params, void* workspace, cudaStre
   if (!status.ok() || job.splits == 0) return status;
   return shadow_sm80::dispatch(
       params.shape.head_dim, params.dtype, [&](auto head_dim, auto element) {
-        return shadow_sm80::launch_attention<head_dim, decltype(element)>(job, stream);
+        using Element = decltype(element);
+        return job.layout.quantised
+                   ? shadow_sm80::launch_attention<head_dim, Element, shadow_sm80::E4m3>(job,
+                                                                                         stream)
+                   : shadow_sm80::launch_attention<head_dim, Element>(job, stream);
       });
 }
 
@@ -193,7 +197,9 @@ Status lowrank_reconstruct(const LowRankReconstruct& params, cudaStream_t stream
   if (!cuda::grid_fits(units * job.ctas))
     return {1, "lowrank_reconstruct: more than 2^31 - 1 CTAs"};
   return dispatch(params.head_dim, params.dtype, [&](auto head_dim, auto element) {
-    return launch_reconstruct<head_dim, decltype(element)>(job, stream);
+    using Element = decltype(element);
+    return job.layout.quantised ? launch_reconstruct<head_dim, Element, E4m3>(job, stream)
+                                : launch_reconstruct<head_dim, Element>(job, stream);
   });
 }
 

@@ -276,10 +276,11 @@ __device__ void merge_warps(const AttentionJob& job, const unsigned char* shared
   }
 }
 
-template <int kHeadDim, class Element>
+template <int kHeadDim, class Element, class Factor>
 __global__ void __launch_bounds__(32 * kMostWarps)
     attention_kernel(const __grid_constant__ AttentionJob job) {
   constexpr int kRow = kHeadDim + kRowPad;
+  constexpr bool kQuantised = std::is_same_v<Factor, E4m3>;
   extern __shared__ __align__(16) unsigned char shared[];
   const ShadowAttention& in = job.in;
   const Layout& layout = job.layout;
@@ -290,25 +291,36 @@ __global__ void __launch_bounds__(32 * kMostWarps)
   const int32_t sequence = item / in.shape.kv_heads, kv_head = item % in.shape.kv_heads;
 
   // What depends on nothing is on its way first.
-  Rebuilder<kHeadDim, Element> rebuild(in.keys, layout, shared, sequence, kv_head);
+  Rebuilder<kHeadDim, Element, Factor> rebuild(in.keys, layout, shared, sequence, kv_head);
   rebuild.start();
   load_queries<kHeadDim, Element>(in, layout, shared, sequence, kv_head, first_row);
   const TileList list(in, sequence, item, first_row);
 
   Element* source = reinterpret_cast<Element*>(shared + layout.source(warp));
   Element* values = reinterpret_cast<Element*>(shared + layout.values(warp));
-  const Element* factor = head_rows<Element>(in.keys.factor, sequence, 0);
+  const Factor* factor = head_rows<Factor>(in.keys.factor, sequence, 0);
   const Element* exact_k = head_rows<Element>(in.k, sequence, kv_head);
   const Element* exact_v = head_rows<Element>(in.v, sequence, kv_head);
   const Element* slots = head_rows<Element>(in.values, sequence, kv_head);
   const auto copy_source = [&](int32_t tile, const KeyRef& key) {
     if (tile < list.tiles) {
       const bool chunked = tile < list.chunked;
-      copy_rows(source, layout.source_row(), chunked ? factor : exact_k,
-                chunked ? in.keys.factor.row_stride : in.k.row_stride,
-                chunked ? in.keys.rank / 8 : kHeadDim / 8, key.source, key.exists());
+      if constexpr (kQuantised) {
+        copy_rows(reinterpret_cast<unsigned char*>(source), 2 * layout.source_row(),
+                  reinterpret_cast<const unsigned char*>(chunked ? static_cast<const void*>(factor)
+                                                                 : exact_k),
+                  chunked ? in.keys.factor.row_stride : 2 * in.k.row_stride,
+                  chunked ? in.keys.rank / 16 : kHeadDim / 8, key.source, key.exists());
+      } else {
+        copy_rows(source, layout.source_row(), chunked ? factor : exact_k,
+                  chunked ? in.keys.factor.row_stride : in.k.row_stride,
+                  chunked ? in.keys.rank / 8 : kHeadDim / 8, key.source, key.exists());
+      }
     }
     cuda::cp_async_commit();
+  };
+  const auto scale_of = [&](int32_t tile, const KeyRef& key) {
+    return rebuild.scale_of(sequence, tile < list.chunked ? key : KeyRef::none());
   };
   const auto copy_values = [&](int32_t tile, const KeyRef& key) {
     if (tile < list.tiles) {
@@ -323,6 +335,7 @@ __global__ void __launch_bounds__(32 * kMostWarps)
   const int32_t stride = job.splits * layout.warps;
   int32_t tile = split + job.splits * warp;
   KeyRef key = list.at(tile);
+  float factor_scale = scale_of(tile, key);
   copy_source(tile, key);
   copy_values(tile, key);
   rebuild.load_vectors(item);
@@ -336,6 +349,7 @@ __global__ void __launch_bounds__(32 * kMostWarps)
   // The loop is that of the CTA's first warp: streamed pieces of the basis are taken in step.
   for (int32_t first = split; first < list.tiles; first += stride, tile += stride) {
     const KeyRef next = list.at(tile + stride);
+    const float next_scale = scale_of(tile + stride, next);
     const bool live = __any_sync(~0u, key.exists());
     const bool chunked = tile < list.chunked;
     cuda::cp_async_wait<1>();
@@ -343,7 +357,7 @@ __global__ void __launch_bounds__(32 * kMostWarps)
     KeyOperands<kHeadDim> operands;
     if (chunked || (layout.streams() && first < list.chunked)) {
       float acc[kHeadDim / 8][4];
-      rebuild(acc, source, key, live && chunked);
+      rebuild(acc, reinterpret_cast<const Factor*>(source), key, factor_scale, live && chunked);
       round_keys<kHeadDim, Element>(operands, acc);
     }
     if (!chunked) load_exact<kHeadDim, Element>(operands, source, layout.source_row());
@@ -369,6 +383,7 @@ __global__ void __launch_bounds__(32 * kMostWarps)
     __syncwarp();  // and read by all
     copy_values(tile + stride, next);
     key = next;
+    factor_scale = next_scale;
   }
 
   // The warp leaves its rows where its copies were: none is on its way any more.

@@ -9,11 +9,11 @@
 
 namespace sparseattn::shadow_sm80 {
 
-template <int kHeadDim, class Element>
+template <int kHeadDim, class Element, class Factor>
 Status launch_attention(const AttentionJob& job, cudaStream_t stream) {
   const Shape& shape = job.in.shape;
   const int64_t units = int64_t{shape.batch} * shape.kv_heads * job.row_blocks;
-  const auto kernel = attention_kernel<kHeadDim, Element>;
+  const auto kernel = attention_kernel<kHeadDim, Element, Factor>;
   const int bytes = job.layout.bytes();
   Status status = cuda::to_status(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
@@ -26,10 +26,10 @@ Status launch_attention(const AttentionJob& job, cudaStream_t stream) {
   return cuda::launch_status();
 }
 
-template <int kHeadDim, class Element>
+template <int kHeadDim, class Element, class Factor>
 Status launch_reconstruct(const ReconstructJob& job, cudaStream_t stream) {
   const int64_t ctas = int64_t{job.in.batch} * job.in.kv_heads * job.ctas;
-  const auto kernel = reconstruct_kernel<kHeadDim, Element>;
+  const auto kernel = reconstruct_kernel<kHeadDim, Element, Factor>;
   const int bytes = job.layout.bytes();
   const Status status = cuda::to_status(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));

@@ -10,10 +10,15 @@ namespace sparseattn::shadow_sm80 {
 struct AttentionJob;
 struct ReconstructJob;
 
-/// Instantiated in inst/: head_dim 64, 96, 128 with fp16 and bf16.
-template <int kHeadDim, class Element>
+/// An element of a quantised factor.
+struct E4m3 {
+  unsigned char bits;
+};
+
+/// Instantiated in inst/: head_dim 64, 96, 128 with fp16 and bf16, and a factor of these or e4m3.
+template <int kHeadDim, class Element, class Factor = Element>
 Status launch_attention(const AttentionJob& job, cudaStream_t stream);
-template <int kHeadDim, class Element>
+template <int kHeadDim, class Element, class Factor = Element>
 Status launch_reconstruct(const ReconstructJob& job, cudaStream_t stream);
 
 }  // namespace sparseattn::shadow_sm80

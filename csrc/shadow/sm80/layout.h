@@ -1,8 +1,9 @@
 // Shared memory of the kernels that rebuild keys, and how the host fits it to a device.
 //
 // A CTA holds the basis of one head, and each of its warps the rows it works on: 16 keys' factor
-// rows (or exact keys) and their values. Rows are padded by 16 bytes to an odd number of 16-byte
-// pieces, so that ldmatrix reads eight rows without a bank conflict.
+// rows (or exact keys) and their values. Rows are padded to an odd number of 16-byte pieces, so
+// that ldmatrix, and four lanes that read 16 bytes of a row, take eight rows without a bank
+// conflict.
 #pragma once
 
 #include <cstdint>
@@ -37,10 +38,12 @@ struct Layout {
   int32_t piece;  // ranks of the basis that are held at a time; `rank`: it is loaded once
   bool attends;   // queries and values as well
   bool scattered;
+  bool quantised;  // the factor's rows are bytes
 
   SPARSEATTN_HOST_DEVICE int32_t row() const { return head_dim + kRowPad; }
   SPARSEATTN_HOST_DEVICE int32_t source_row() const {
-    return (attends && head_dim > rank ? head_dim : rank) + kRowPad;
+    const int32_t factor = rank / (quantised ? 16 : 8), exact = attends ? head_dim / 8 : 0;
+    return 8 * ((exact > factor ? exact : factor) | 1);
   }
   // float mean [head_dim], inv_freq [head_dim / 2], then float2 states [warps][kTileQueries]
   SPARSEATTN_HOST_DEVICE int32_t inv_freq() const { return 4 * head_dim; }
@@ -74,8 +77,13 @@ struct Layout {
 /// `warps` is 0 where nothing fits.
 inline Layout fit_layout(const LowRankKeys& keys, int32_t head_dim, bool attends,
                          int32_t most_bytes) {
-  Layout layout{head_dim,  keys.rank, kMostWarps,
-                keys.rank, attends,   pairing_of(keys.rope) == Pairing::kScattered};
+  Layout layout{head_dim,
+                keys.rank,
+                kMostWarps,
+                keys.rank,
+                attends,
+                pairing_of(keys.rope) == Pairing::kScattered,
+                keys.factor_scales.quantised()};
   for (; layout.warps >= 4; layout.warps /= 2) {
     if (layout.bytes() <= most_bytes) return layout;
   }

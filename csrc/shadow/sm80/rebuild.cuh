@@ -13,6 +13,8 @@
 #include <type_traits>
 
 #include "common/cuda/ptx.cuh"
+#include "shadow/sm80/e4m3.cuh"
+#include "shadow/sm80/launch.h"
 #include "shadow/sm80/layout.h"
 #include "shadow/sm80/rope.cuh"
 #include "sparseattn/shadow.h"
@@ -54,11 +56,12 @@ __device__ __forceinline__ KeyRef token_of(const LowRankKeys& keys, int32_t id, 
   return {id * keys.chunk + within, 0, 0};
 }
 
-/// Starts copies of a warp's 16 rows of `pieces` * 8 elements: row i is that of the lanes i % 16
+/// Starts copies of a warp's 16 rows of `pieces` * 16 bytes: row i is that of the lanes i % 16
 /// with `row` and `exists`; others become zeros. Four lanes copy a row, 64 bytes at a time.
 template <class Element>
 __device__ __forceinline__ void copy_rows(Element* to, int to_row, const Element* from,
                                           int64_t from_row, int pieces, int32_t row, bool exists) {
+  constexpr int kPiece = 16 / sizeof(Element);
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -68,15 +71,16 @@ __device__ __forceinline__ void copy_rows(Element* to, int to_row, const Element
     const Element* source = from + source_row * from_row;
     Element* target = to + key * to_row;
     for (int piece = lane % 4; piece < pieces; piece += 4) {
-      cuda::cp_async_16(target + 8 * piece, source + 8 * piece, valid);
+      cuda::cp_async_16(target + kPiece * piece, source + kPiece * piece, valid);
     }
   }
 }
 
 /// What the rebuilding of one head's keys needs. All threads of the CTA make it.
-template <int kHeadDim, class Element>
+template <int kHeadDim, class Element, class Factor>
 struct Rebuilder {
   static constexpr int kRow = kHeadDim + kRowPad;
+  static constexpr bool kQuantised = std::is_same_v<Factor, E4m3>;
 
   const LowRankKeys& keys;
   const Layout& layout;
@@ -112,10 +116,16 @@ struct Rebuilder {
     }
   }
 
+  /// The scale of this lane's key; 0 where there is none, and where nothing is quantised.
+  __device__ __forceinline__ float scale_of(int64_t sequence, const KeyRef& key) const {
+    if constexpr (!kQuantised) return 0.0f;
+    return key.exists() ? keys.factor_scales.of_head(sequence, 0)[key.source] : 0.0f;
+  }
+
   /// acc = the keys of the warp's 16 rows in `source`, before they are rounded. Where the basis is
   /// streamed all warps of the CTA call this together, and those without keys pass live = false.
-  __device__ __forceinline__ void operator()(float (&acc)[kHeadDim / 8][4], const Element* source,
-                                             const KeyRef& key, bool live) const {
+  __device__ __forceinline__ void operator()(float (&acc)[kHeadDim / 8][4], const Factor* source,
+                                             const KeyRef& key, float scale, bool live) const {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 8; ++i) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0.0f;
     for (int from = 0; from < keys.rank; from += layout.piece) {
@@ -130,6 +140,15 @@ struct Rebuilder {
     }
     if (!live) return;
     const int lane = threadIdx.x % 32;
+    if constexpr (kQuantised) {
+      const float low_scale = __shfl_sync(~0u, scale, lane / 4);
+      const float high_scale = __shfl_sync(~0u, scale, lane / 4 + 8);
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 8; ++i) {
+        acc[i][0] = __fmul_rn(acc[i][0], low_scale), acc[i][1] = __fmul_rn(acc[i][1], low_scale);
+        acc[i][2] = __fmul_rn(acc[i][2], high_scale), acc[i][3] = __fmul_rn(acc[i][3], high_scale);
+      }
+    }
     const int32_t low = __shfl_sync(~0u, key.source, lane / 4);
     const int32_t high = __shfl_sync(~0u, key.source, lane / 4 + 8);
     finish_keys<kHeadDim>(acc, columns, keys.rope, mean, inv_freq, static_cast<float>(low),
@@ -157,18 +176,47 @@ struct Rebuilder {
     }
   }
 
+  /// The rank that place `place` of 16 in a step of the contraction takes. Quantised rows are read
+  /// four ranks, 4 q .. 4 q + 3, a lane: two go to places 2 q and 2 q + 1, two to those 8 on, and
+  /// which is which is chosen so that eight rows of the basis still lie in different banks.
+  __device__ static int rank_at(int place) {
+    if constexpr (!kQuantised) return place;
+    const int quad = place % 8 / 2;
+    return 4 * quad + 2 * (place / 8 ^ quad / 2) + place % 2;
+  }
+
+  /// The A operand of one step: 16 rows of 16 ranks.
+  __device__ __forceinline__ void load_factor(uint32_t (&left)[4], const Factor* source,
+                                              int rank) const {
+    const int lane = threadIdx.x % 32;
+    if constexpr (kQuantised) {
+      const int row_bytes = 2 * layout.source_row();
+      const auto* row = reinterpret_cast<const unsigned char*>(source) + lane / 4 * row_bytes +
+                        lane % 4 * 4 + rank;
+      const uint32_t order = lane % 4 < 2 ? 0x3210 : 0x1032;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t word =
+            __byte_perm(*reinterpret_cast<const uint32_t*>(row + 8 * i * row_bytes), 0, order);
+        left[i] = widen_e4m3<Element>(word & 0xffff);
+        left[2 + i] = widen_e4m3<Element>(word >> 16);
+      }
+    } else {
+      cuda::ldmatrix_x4(left, source + lane % 16 * layout.source_row() + 8 * (lane / 16) + rank);
+    }
+  }
+
   /// acc += 16 rows x `ranks` of the source times the piece of the basis.
-  __device__ __forceinline__ void multiply(float (&acc)[kHeadDim / 8][4], const Element* source,
+  __device__ __forceinline__ void multiply(float (&acc)[kHeadDim / 8][4], const Factor* source,
                                            int ranks) const {
     const int lane = threadIdx.x % 32, group = lane / 16;
-    const Element* left_row = source + lane % 16 * layout.source_row() + 8 * group;
-    const Element* right_row = basis + lane % 16 * kRow;
+    const Element* right_row = basis + rank_at(lane % 16) * kRow;
     int column[kHeadDim / 16];
 #pragma unroll
     for (int i = 0; i < kHeadDim / 16; ++i) column[i] = columns(i, group);
     for (int rank = 0; rank < ranks; rank += 16) {
       uint32_t left[4], right[kHeadDim / 16][4];
-      cuda::ldmatrix_x4(left, left_row + rank);
+      load_factor(left, source, rank);
 #pragma unroll
       for (int i = 0; i < kHeadDim / 16; ++i) {
         cuda::ldmatrix_x4_trans(right[i], right_row + column[i]);

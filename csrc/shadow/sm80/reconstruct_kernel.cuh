@@ -6,7 +6,7 @@
 
 namespace sparseattn::shadow_sm80 {
 
-template <int kHeadDim, class Element>
+template <int kHeadDim, class Element, class Factor>
 __global__ void __launch_bounds__(32 * kMostWarps)
     reconstruct_kernel(const __grid_constant__ ReconstructJob job) {
   extern __shared__ __align__(16) unsigned char shared[];
@@ -17,16 +17,17 @@ __global__ void __launch_bounds__(32 * kMostWarps)
   const int64_t item = blockIdx.x / job.ctas;
   const int64_t sequence = item / in.kv_heads, head = item % in.kv_heads;
 
-  Rebuilder<kHeadDim, Element> rebuild(in.keys, layout, shared, sequence, head);
+  Rebuilder<kHeadDim, Element, Factor> rebuild(in.keys, layout, shared, sequence, head);
   rebuild.start();
   rebuild.load_vectors(item);
   cuda::cp_async_commit();
   cuda::cp_async_wait<0>();
   __syncthreads();
 
-  const Element* factor = head_rows<Element>(in.keys.factor, sequence, 0);
+  constexpr int kSourceRow = sizeof(Element) / sizeof(Factor);  // in elements of the factor
+  const Factor* factor = head_rows<Factor>(in.keys.factor, sequence, 0);
   Element* out = head_rows<Element>(in.out, sequence, head);
-  Element* source = reinterpret_cast<Element*>(shared + layout.source(warp));
+  Factor* source = reinterpret_cast<Factor*>(shared + layout.source(warp));
   const int32_t* selected = in.selected + item * in.top_k;
   const int64_t count = int64_t{in.top_k} * in.keys.chunk;
   const int64_t stride = int64_t{kWarpKeys} * layout.warps * job.ctas;
@@ -42,14 +43,15 @@ __global__ void __launch_bounds__(32 * kMostWarps)
     const bool live = base < count;
     __syncwarp();  // the last tile's source is read
     if (live) {
-      copy_rows(source, layout.source_row(), factor, in.keys.factor.row_stride, in.keys.rank / 8,
-                key.source, key.exists());
+      copy_rows(source, kSourceRow * layout.source_row(), factor, in.keys.factor.row_stride,
+                in.keys.rank * static_cast<int>(sizeof(Factor)) / 16, key.source, key.exists());
     }
     cuda::cp_async_commit();
+    const float scale = rebuild.scale_of(sequence, key);
     cuda::cp_async_wait<0>();
     __syncwarp();
     float acc[kHeadDim / 8][4];
-    rebuild(acc, source, key, live);
+    rebuild(acc, source, key, scale, live);
     if (!live) continue;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
