@@ -82,6 +82,7 @@ SECTIONS = (
         "Decode",
         (
             Part("decode-step", "One layer", "decode_step.py", tables.decode_step, True),
+            Part("decode-fp8", "Values and factors in fp8", "decode_fp8.py", tables.decode_fp8),
             Part("cpp_decode", "The kernels alone", "cpp/bench_decode", tables.cpp_decode),
             Part("decode-model", "Whole models", "decode_model.py", tables.decode_model, True),
             Part(
@@ -123,8 +124,10 @@ def part_text(part: Part, records: Sequence[Record], page: Path) -> str:
         lines.append(f"{ABSENT} (`{part.script}`)")
     for record in records:
         name = f"[{record.name}]({link(record.path, page)})"
+        what = results_records.variant(record)
+        what = f", {what}" if what else ""
         cut = "" if record.complete else " The run was cut short: rows are missing."
-        lines.append(f"`{part.script}`: {name}, {record.where}.{cut}")
+        lines.append(f"`{part.script}`: {name}, {record.where}{what}.{cut}")
         lines.append(part.table(record))
         if part.drawn:
             lines.append(f"![{part.title}]({link(picture(record, page), page)})")

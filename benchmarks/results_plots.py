@@ -5,16 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import decode_plots
-import matplotlib
+import plot_results  # takes matplotlib's backend for files
 import results_tables as tables
-from results_records import Record, model_of
-
-from sparseattn import bench_plots
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from results_records import Record, model_of
 
 
 def title(record: Record) -> str:
@@ -52,40 +47,6 @@ def prefill_bars(record: Record) -> Figure:
         axis.margins(x=0.08)
     axes[-1][0].set_xlabel("TFLOP/s of selected pairs; red: the bar, gray: dense attention")
     figure.suptitle(f"Prefill attention of one layer\n{title(record)}", fontsize=10)
-    return figure
-
-
-def end_to_end(record: Record) -> Figure:
-    """A row of panels for each model: time to the first token, and a token after it."""
-    rows = record.rows
-    models = [model for (model,) in tables.distinct(rows, "model")]
-    figure, grid = plt.subplots(
-        max(1, len(models)), 2, figsize=(12, 4.2 * max(1, len(models))), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for line, model in zip(grid, models, strict=False):
-        own = [row for row in rows if row.get("model") == model and "tokens" in row]
-        for axis, field, label in zip(
-            line, ("ttft_s", "ms_per_token"), ("seconds to the first token", "ms a token after it"),
-            strict=True,
-        ):  # fmt: skip
-            for key in tables.distinct([row for row in own if field in row], "way", "mode"):
-                points = sorted(
-                    (row["tokens"], row[field])
-                    for row in own
-                    if (row.get("way"), row.get("mode")) == key and row.get(field) is not None
-                )
-                if points:
-                    name = ", ".join(str(word) for word in key if word)
-                    axis.plot(*zip(*points, strict=True), "o-", label=name)
-            axis.set_title(f"{model}: {label}", fontsize=9)
-            axis.set_xlabel("tokens of the prompt")
-            axis.set_xscale("log", base=2)
-            axis.set_ylim(bottom=0)
-            axis.grid(alpha=0.3)
-            if axis.get_lines():
-                axis.legend(fontsize=8)
-    figure.suptitle(title(record), fontsize=10)
     return figure
 
 
@@ -135,13 +96,11 @@ def evaluation(record: Record) -> Figure:
 
 def draw(record: Record, path: Path) -> None:
     """Writes the picture of a record that has one."""
-    own = {"prefill-bars": prefill_bars, "end-to-end": end_to_end, "eval": evaluation}
-    known = {
-        "prefill": bench_plots.prefill,
-        "decode-step": decode_plots.decode_step,
-        "decode-model": decode_plots.decode_model,
-    }
-    figure = own[record.kind](record) if record.kind in own else known[record.kind](record.data)
+    own = {"prefill-bars": prefill_bars, "eval": evaluation}
+    if record.kind in own:
+        figure = own[record.kind](record)
+    else:
+        figure = plot_results.PLOTS[record.kind](record.data)
     if figure.get_layout_engine() is None:
         figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)

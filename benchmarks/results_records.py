@@ -1,7 +1,7 @@
 """Reads the records of results/: what kind each is, where and when it was made, which is shown.
 
-Of a kind the newest complete record is shown, or the newest one where none is complete. Records of
-evaluations are told apart by their model, too.
+Of a kind the newest complete record is shown, or the newest one where none is complete. Evaluations
+are told apart by their model, too, and whole models' decode by what is kept in fp8.
 """
 
 from __future__ import annotations
@@ -97,17 +97,28 @@ def model_of(record: Record) -> str:
     return Path(str(name)).name if name else "model not recorded"
 
 
+def variant(record: Record) -> str:
+    """What sets a record apart from others of its kind."""
+    if record.kind == "eval":
+        return model_of(record)
+    arguments = record.data.get("arguments")
+    if record.kind == "decode-model" and isinstance(arguments, dict):
+        parts = [name for name in ("values", "factor") if arguments.get(name) == "fp8"]
+        return f"{' and '.join(parts)} in fp8" if parts else ""
+    return ""
+
+
 def newest(records: Sequence[Record]) -> dict[str, list[Record]]:
     """kind -> the records that are shown."""
     best: dict[tuple[str, str], Record] = {}
     for record in records:
-        key = (record.kind, model_of(record) if record.kind == "eval" else "")
+        key = (record.kind, variant(record))
         other = best.get(key)
         if other is None or _rank(record) > _rank(other):
             best[key] = record
     shown: dict[str, list[Record]] = {}
-    for kind, model in sorted(best):
-        shown.setdefault(kind, []).append(best[kind, model])
+    for kind, name in sorted(best):
+        shown.setdefault(kind, []).append(best[kind, name])
     return shown
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import readme_table
 from readme_table import number, wrapped
-from results_records import Record, Row, model_of
+from results_records import Record, Row
 
 NOTHING = "-"
 Form = Callable[[Any], str]
@@ -93,7 +93,7 @@ def judged(record: Record) -> str:
 def evaluation(record: Record) -> str:
     """Methods down, tasks or lengths right; one table for every kind of task and length."""
     cells = [cell for cell in record.data.get("cells") or [] if isinstance(cell, dict)]
-    parts = [f"### {model_of(record)}"]
+    parts = []
     for (kind,) in distinct(cells, "kind"):
         own = [cell for cell in cells if cell.get("kind") == kind]
         if "perplexity" in text(kind):
@@ -314,7 +314,7 @@ def decode_step(record: Record) -> str:
     compression = [row for row in rows if str(row.get("case")).startswith("compress")]
     if compression:
         named = (("shape", "shape", text), ("tokens", "tokens", text), ("case", "part", text))
-        parts.append(columns(compression, (*named, ("ms", "ms", text))))
+        parts.append(columns(compression, (*named, ("ms", "ms", text)), 1))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -335,7 +335,28 @@ MODEL: tuple[tuple[str, str, Form], ...] = (
 
 
 def decode_model(record: Record) -> str:
-    return "\n\n".join(part for part in (judged(record), columns(record.rows, MODEL)) if part)
+    return "\n\n".join(part for part in (judged(record), columns(record.rows, MODEL, 4)) if part)
+
+
+FP8: tuple[tuple[str, str, Form], ...] = (
+    ("kind", "in fp8", text),
+    ("case", "case", text),
+    ("mode", "mode", text),
+    ("shape", "shape", text),
+    ("tokens", "tokens", text),
+    ("batch", "batch", text),
+    ("ms", "ms", text),
+    ("error", "error", text),
+    ("store_bytes", "store, MiB", scaled(2**20)),
+    ("factor_bytes", "factor, MiB", scaled(2**20)),
+    ("gather_bytes", "read in a step, MiB", scaled(2**20)),
+    ("note", "note", text),
+)
+
+
+def decode_fp8(record: Record) -> str:
+    note = "Error: norm of the difference from the step without fp8 over the norm of that."
+    return f"{note}\n\n{columns(record.rows, FP8, 4)}"
 
 
 CPP_DECODE: tuple[tuple[str, str, Form], ...] = (
@@ -354,7 +375,7 @@ CPP_DECODE: tuple[tuple[str, str, Form], ...] = (
 
 
 def cpp_decode(record: Record) -> str:
-    return columns(record.rows, CPP_DECODE)
+    return columns(record.rows, CPP_DECODE, 2)
 
 
 END_TO_END: tuple[tuple[str, str, Form], ...] = (
@@ -365,6 +386,8 @@ END_TO_END: tuple[tuple[str, str, Form], ...] = (
     ("ttft_s", "TTFT, s", text),
     ("attention_s", "attention, s", text),
     ("cache_s", "cache, s", text),
+    ("other_s", "other, s", text),
+    ("expected_ttft_s", "expected, s", text),
     ("density", "density, %", percent),
     ("ms_per_token", "ms a token", text),
     ("tokens_per_s", "tokens/s", text),
@@ -376,8 +399,23 @@ END_TO_END: tuple[tuple[str, str, Form], ...] = (
 )
 
 
+def cache_parts(rows: Sequence[Row]) -> str:
+    """What the caches of prompts hold, part by part."""
+    kept = [row for row in rows if isinstance(row.get("cache_bytes"), dict)]
+    if not kept:
+        return ""
+    names = list(dict.fromkeys(name for row in kept for name in row["cache_bytes"]))
+    lines = [
+        [text(row.get("model")), text(row.get("way")), text(row.get("tokens"))]
+        + [scaled(2**20)(row["cache_bytes"].get(name)) for name in names]
+        for row in kept
+    ]
+    head = ["model", "way", "tokens", *(name.replace("_", " ") for name in names)]
+    return f"The caches by part, MiB:\n\n{markdown(head, lines, 2)}"
+
+
 def end_to_end(record: Record) -> str:
-    parts = [judged(record), columns(record.rows, END_TO_END)]
+    parts = [judged(record), columns(record.rows, END_TO_END, 4), cache_parts(record.rows)]
     weights = record.data.get("weights")
     if weights:
         parts.append(wrapped(f"Weights: {weights}."))

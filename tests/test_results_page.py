@@ -91,7 +91,14 @@ END_TO_END = {
     "judged": [{"target": "T13", "tokens": 131072, "case": "sparse prefill", "ttft_s": 4.321}],
     "results": [
         {"model": "M", "way": "pinned memory", "pin_s": 12.5},
-        {"model": "M", "way": "sparse", "tokens": 131072, "ttft_s": 4.321, "density": 0.0321},
+        {
+            "model": "M",
+            "way": "sparse",
+            "tokens": 131072,
+            "ttft_s": 4.321,
+            "density": 0.0321,
+            "cache_bytes": {"factor": 5 << 20, "host_values": 256 << 20},
+        },
         {"model": "M", "way": "sparse", "tokens": 131072, "mode": "graph", "ms_per_token": 9.876},
         {"model": "M", "way": "dense, SDPA", "tokens": 131072, "note": "skipped"},
     ],
@@ -172,13 +179,19 @@ def test_every_kind(page, tmp_path):
         peers=PEERS,
         cpp=CPP,
         model=MODEL,
+        model8=MODEL | {"arguments": {"values": "fp8", "factor": "bf16"}},
+        fp8={
+            "benchmark": "decode-fp8",
+            "machine": MACHINE,
+            "results": [{"kind": "both", "case": "step, host", "ms": 0.08, "error": 0.025}],
+        },
         tests=TESTS,
         other={"benchmark": "unheard-of", "machine": MACHINE},
     )
     text, pictures = page.render(folder, tmp_path / "docs" / "results.md")
     for line in (
         "[needle/eval.json](../records/needle/eval.json), one NVIDIA H200, 2026-11-26, commit "
-        "0123456789ab, torch 2.11.",
+        "0123456789ab, torch 2.11, needle.",
         "| dense | 20.0 | - | 100.0 | 97.5 | 98.8 |",
         "| shadowkv | 20.0 | 3.0 | 25.0 |",
         "| method | prefill keys, % | cache, MiB | 4,096 | 4,096, last tokens one by one |",
@@ -187,6 +200,9 @@ def test_every_kind(page, tmp_path):
         "| Llama, step, host, graph | T9 | 124,928 | 0.099 | - | <= 0.2 ms: met |",
         "| Llama | 124,928 | 1 | 0.012 | - | - | - | - | 0.099 | - | - | 0.142 |",
         "| sparse prefill | T13 | 131,072 | 4.321 | - | - |",
+        "| M | sparse | 131,072 | 5.0 | 256.0 |",
+        "| both | step, host | 0.080 | 0.025 |",
+        "commit 0123456789ab, torch 2.11, values in fp8.",
         "| dense | 32,768 | 13.50 | 12.90 (0.96) |",
         "vLLM sparse: No module named 'vllm'.",
         "failed: KeyError",
@@ -199,7 +215,7 @@ def test_every_kind(page, tmp_path):
         assert line in text.replace("\n", " ") or line in text, line
     assert "/somewhere" not in text and "patterns.json" not in text
     names = {path.name for _, path in pictures}
-    assert names == {"needle-eval.png", "step.png", "whole.png", "model.png"}
+    assert names == {"needle-eval.png", "step.png", "whole.png", "model.png", "model8.png"}
 
 
 def test_newest_complete_record(page, tmp_path):
