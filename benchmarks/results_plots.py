@@ -58,7 +58,8 @@ def evaluation(record: Record) -> Figure:
         if "perplexity" not in str(cell.get("kind")) and cell.get("score") is not None
     ]
     methods = [method for (method,) in tables.distinct(cells, "method")]
-    places = tables.distinct(cells, "task", "length")
+    fields = ("kind", "task", "length")
+    places = tables.distinct(cells, *fields)
     figure, axis = plt.subplots(
         figsize=(3 + 0.75 * max(1, len(places)), 2.5 + 0.4 * max(1, len(methods))),
         layout="constrained",
@@ -70,7 +71,7 @@ def evaluation(record: Record) -> Figure:
                     100 * cell["score"]
                     for cell in cells
                     if cell.get("method") == method
-                    and (cell.get("task"), cell.get("length")) == place
+                    and tuple(cell.get(field) for field in fields) == place
                 ]
             )
             for place in places
@@ -87,7 +88,7 @@ def evaluation(record: Record) -> Figure:
                     colour = "black" if value > 60 else "white"
                     axis.text(x, y, f"{value:.0f}", ha="center", va="center", color=colour,
                               fontsize=8)  # fmt: skip
-    names = [f"{task}\n{tables.text(length)}" for task, length in places]
+    names = [f"{kind}: {task}\n{tables.text(length)}" for kind, task, length in places]
     axis.set_xticks(range(len(places)), names, fontsize=7, rotation=45)
     axis.set_yticks(range(len(methods)), methods, fontsize=8)
     axis.set_title(f"{model_of(record)}\n{title(record)}", fontsize=9)
