@@ -147,6 +147,25 @@ def test_block_lists(script):
                 assert own[: row + 1].tolist() == expected.tolist()
 
 
+def test_kernels_only(script, tmp_path, monkeypatch):
+    """Kernels of a package can be had though its own import fails."""
+    triton, problem = script("peers.minference_triton"), script("peers.problem")
+    folder = tmp_path / "brokenpeer" / "ops"
+    folder.mkdir(parents=True)
+    (tmp_path / "brokenpeer" / "__init__.py").write_text(
+        "from .ops import kernel\nimport nothing_\n"
+    )
+    (folder / "kernel.py").write_text("from .. import ops\nanswer = 42\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert problem.found("brokenpeer") == (
+        False,
+        "ModuleNotFoundError: No module named 'nothing_'",
+    )
+    assert triton.kernels_only("brokenpeer") and not triton.kernels_only("no_such_peer")
+    assert problem.found("brokenpeer.ops.kernel")[0]
+    assert importlib.import_module("brokenpeer.ops.kernel").answer == 42
+
+
 def test_lists64(script):
     """Tiles and columns give the keys that a tile of rows sees, and their number."""
     lists64 = script("peers.lists64")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
+import types
 from collections.abc import Iterator
 
 import torch
@@ -20,11 +23,28 @@ COPIES = "keys and values repeated to the query heads"
 def available(device: torch.device) -> tuple[bool, str]:
     if why := on_cuda(device):
         return False, why
+    works, detail = found("minference")
+    if not works and not kernels_only("minference"):
+        return works, detail
     for module in ("minference.cuda", SLASH, BLOCKS):
         works, detail = found(module, "minference")
         if not works:
             break
     return works, detail
+
+
+def kernels_only(package: str) -> bool:
+    """Puts an empty package in place of one whose own import fails, so that its submodules can be
+    imported: the kernels need none of the models that it patches. False where it is not there."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.submodule_search_locations is None:
+        return False
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        del sys.modules[name]  # what the failed import has left
+    empty = types.ModuleType(package)
+    empty.__path__ = list(spec.submodule_search_locations)
+    sys.modules[package] = empty
+    return True
 
 
 def offers(problem: Problem) -> Iterator[Offer]:
