@@ -36,7 +36,8 @@ chunk for ``first_chunk``, ``exact_starts``). What lies beyond them is not read,
 fp8: a store and a factor may be ``torch.float8_e4m3fn`` with fp32 scales, one for each of their
 rows; :func:`store_rows_` writes them, the other operators take the scales beside them.
 
-On the CPU: float32 and bfloat16, head_dim 16, 32, 64, 96 or 128, sums in fp32. Everything else
+On the CPU: float32 and bfloat16, head_dim 16, 32, 64, 96 or 128; on CUDA from sm_80 on: float16 and
+bfloat16, head_dim 64, 96 or 128; sums in fp32. Everything else
 raises ``ValueError`` or ``TypeError`` that names the argument. There is no backward.
 """
 

@@ -45,6 +45,13 @@ size_t lay_out(VerticalSlashJob& job, void* workspace) {
   job.spill = static_cast<float*>(take(chunk_entries * sizeof(float)));
   job.partial = static_cast<float2*>(take(chunk_entries * sizeof(float2)));
   job.normalizer = static_cast<float*>(take(rows * 64 * sizeof(float)));
+  if (shape.kv_len >= kLongList) {
+    job.pieces = static_cast<int32_t>(
+        std::min<int64_t>(cuda::ceil_div(shape.kv_len, kPieceKeys), kMostPieces));
+    job.histogram = static_cast<int32_t*>(take(2 * rows * kFirstBins * sizeof(int32_t)));
+    job.piece_count = static_cast<int32_t*>(take(2 * rows * job.pieces * sizeof(int32_t)));
+    job.candidates = static_cast<int32_t*>(take(2 * rows * kMostCandidates * sizeof(int32_t)));
+  }
   job.runs = static_cast<int32_t>(cuda::ceil_div(shape.kv_len, index::kRunOffsets));
   if (job.any_share()) {
     const size_t entries = rows * job.runs;
@@ -120,6 +127,7 @@ Status check(const VerticalSlashEstimate& params) {
     return {1, "estimate_vertical_slash: share must be in 0 .. 1000000 millionths"};
   }
   const int64_t entries = static_cast<int64_t>(shape.batch) * shape.q_heads;
+  static_assert(kMostPieces <= kMaxChunks);
   if (!cuda::grid_fits(entries * 2 * kMaxChunks)) {
     return {1, "estimate_vertical_slash: batch times q_heads is too large"};
   }

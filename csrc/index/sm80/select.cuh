@@ -131,12 +131,16 @@ __device__ __forceinline__ WarpRange warp_range(int32_t n) {
           static_cast<int32_t>(begin + piece < n ? begin + piece : n)};
 }
 
-/// Writes the k selected indices in ascending order, then -1 up to `length`. Each warp counts its
-/// own range first, so that it knows where to write. `scratch` has Team::kWarps entries.
-template <class Team, class KeyAt>
+struct SameId {
+  __device__ int32_t operator()(int32_t i) const { return i; }
+};
+
+/// Writes id_at(i) of the k selected keys i in ascending order, then -1 up to `length`. Each warp
+/// counts its own range first, so that it knows where to write. `scratch` has Team::kWarps entries.
+template <class Team, class KeyAt, class IdAt = SameId>
 __device__ __forceinline__ void write_selected(int32_t n, int32_t k, const Threshold& threshold,
                                                const KeyAt& key_at, int32_t* out, int32_t length,
-                                               int32_t* scratch) {
+                                               int32_t* scratch, const IdAt& id_at = {}) {
   const int lane = Team::lane();
   const WarpRange range = warp_range<Team>(n);
   int32_t above = 0, equal = 0;
@@ -175,7 +179,7 @@ __device__ __forceinline__ void write_selected(int32_t n, int32_t k, const Thres
       const int32_t ties = equal_before + __popc(all_equal & lanes_below);
       if (is_above || (is_equal && ties < threshold.ties)) {
         out[above_before + __popc(all_above & lanes_below) + min(ties, threshold.ties)] =
-            static_cast<int32_t>(at);
+            id_at(static_cast<int32_t>(at));
       }
       above_before += __popc(all_above);
       equal_before += __popc(all_equal);

@@ -1,9 +1,7 @@
 // The small kernels of the vertical-slash estimate: row normalizers between its passes, and the
 // selection of columns and offsets from their masses.
 #include "common/cuda/launch.h"
-#include "index/sm80/head_list.cuh"
-#include "index/sm80/select.cuh"
-#include "index/sm80/vertical_slash_job.h"
+#include "index/sm80/list_scope.cuh"
 
 namespace sparseattn::index_sm80 {
 namespace {
@@ -58,50 +56,43 @@ struct ListScratch {
   int32_t scan[SelectTeam::kWarps];
 };
 
-/// CTA 2 i lists the columns of head entry i, CTA 2 i + 1 its offsets.
+/// A CTA for each list.
 __global__ void __launch_bounds__(SelectTeam::kThreads)
     select_indices_kernel(const __grid_constant__ VerticalSlashJob job) {
   __shared__ ListScratch scratch;
-  const VerticalSlashEstimate& in = job.in;
-  const Shape& shape = in.shape;
-  const int group = shape.q_heads / shape.kv_heads;
-  const int64_t entry = blockIdx.x / 2;
-  const bool is_offsets = blockIdx.x % 2 != 0;
-  const int sequence = static_cast<int>(entry / in.heads);
-  const int ordinal = static_cast<int>(entry % in.heads);
-  const int head = listed_head(in.head_ids, ordinal);
-  const int64_t unit = static_cast<int64_t>(sequence) * shape.kv_heads + head / group;
-  if (unit < job.first_unit || unit >= job.first_unit + job.units) return;
-  // launch_select_share lists the offsets of heads with a share.
-  if (is_offsets && share_of(in.shares, ordinal, in.share) > 0) return;
-  const int64_t row = (unit - job.first_unit) * group + head % group;
-
-  const int32_t limit = is_offsets ? in.max_offsets : in.max_columns;
-  const int32_t forced = is_offsets ? in.local : in.sink;
-  float* mass = (is_offsets ? job.offset_mass : job.column_mass) + row * job.mass_stride;
-  int32_t* out = (is_offsets ? in.offsets : in.columns) + entry * limit;
-  const int32_t budget = budget_of(is_offsets ? in.num_offsets : in.num_columns, ordinal, limit);
-  const SequenceScope own = sequence_scope(job, sequence);
-  const int32_t n = own.kv_len;
-  const int32_t k = min(budget, n);
-
-  if (is_offsets) {
-    // Diagonals 0 .. 63 of chunk c >= 1; chunks are longer than 64, so no two meet.
-    const float* spill = job.spill + row * job.max_chunks * 64;
-    for (int i = 64 + SelectTeam::rank(); i < own.chunks * 64; i += SelectTeam::kThreads) {
-      const int offset = own.origin - i / 64 * job.chunk_keys + i % 64;
-      if (offset >= 0) mass[offset] += spill[i];
-    }
+  const ListScope list(job, blockIdx.x);
+  if (!list.listed) return;
+  int32_t* out = (list.is_offsets ? job.in.offsets : job.in.columns) + list.entry * list.limit;
+  const auto select = [&](int32_t n, const auto& key_at, const auto& id_at) {
+    const Threshold threshold =
+        find_threshold<SelectTeam, kDigitBits>(n, list.k, key_at, scratch.select);
+    write_selected<SelectTeam>(n, list.k, threshold, key_at, out, list.limit, scratch.scan, id_at);
+  };
+  const bool counted = list.has_candidates(job);
+  int32_t candidates = 0;
+  if (counted) {
+    const int32_t* counts = job.piece_count + list.slot() * job.pieces;
+    for (int32_t p = 0; p < job.pieces; ++p) candidates += counts[p];
+  }
+  if (counted && candidates <= kMostCandidates) {
+    const int32_t* ids = job.candidates + list.slot() * kMostCandidates;
+    select(
+        candidates, [&list, ids](int32_t i) { return list.key_at(ids[i]); },
+        [ids](int32_t i) { return ids[i]; });
+    return;
+  }
+  if (list.is_offsets && !counted) {
+    list.add_spill(job, 0, list.n);
     SelectTeam::sync();
   }
-  const auto key_at = [mass, forced](int32_t i) {
-    return i < forced ? kForcedKey : order_key(mass[i]);
-  };
-  const Threshold threshold = find_threshold<SelectTeam, kDigitBits>(n, k, key_at, scratch.select);
-  write_selected<SelectTeam>(n, k, threshold, key_at, out, limit, scratch.scan);
+  select(list.n, [&list](int32_t i) { return list.key_at(i); }, SameId{});
 }
 
 Status launch_select_indices(const VerticalSlashJob& job, cudaStream_t stream) {
+  if (job.candidates != nullptr) {
+    const Status status = launch_select_candidates(job, stream);
+    if (!status.ok()) return status;
+  }
   const int64_t ctas = 2 * static_cast<int64_t>(job.in.shape.batch) * job.in.heads;
   select_indices_kernel<<<static_cast<unsigned>(ctas), SelectTeam::kThreads, 0, stream>>>(job);
   return cuda::launch_status();

@@ -15,6 +15,15 @@ constexpr int kStepKeys = 32;
 /// A chunk is longer than the 63 diagonals by which it overlaps its neighbour.
 constexpr int kMinChunkKeys = 256;
 constexpr int kMaxChunks = 1024;
+/// Lists of so many keys get candidates first (select_candidates.cu), at most so many.
+constexpr int32_t kLongList = 1 << 16;
+constexpr int32_t kMostCandidates = 1 << 16;
+constexpr int32_t kPieceKeys =
+    1 << 15;  // of a list, for a CTA; more where there are over kMostPieces
+constexpr int32_t kMostPieces = 64;
+/// The first digit of a key: 11 bits, as of the selection itself.
+constexpr int kFirstShift = 21;
+constexpr int kFirstBins = 1 << (32 - kFirstShift);
 /// Query heads of one key/value head in a CTA, one warp each.
 constexpr int kMaxHeadsPerCta = 4;
 
@@ -37,6 +46,12 @@ struct VerticalSlashJob {
   float2* partial;      // [rows, max_chunks, 64] of a chunk and query row: maximum of the scores
                         //   in base 2, sum of 2^(score - maximum)
   float* normalizer;    // [rows, 64] log2 of a query row's sum over all keys; +inf: not a row
+  // Of long lists, null where there are none; 2 r is the list of columns of row r, 2 r + 1 that of
+  // its offsets.
+  int32_t pieces;        // CTAs that share a list
+  int32_t* histogram;    // [2 * rows, kFirstBins] keys of each first digit
+  int32_t* piece_count;  // [2 * rows, pieces] candidates
+  int32_t* candidates;   // [2 * rows, kMostCandidates] ascending
   // Of heads with a share; null where no head has one. See index/mass.h.
   int32_t runs;          // runs of 64 offsets, the last one shorter
   float* run_mass;       // [rows, runs]
@@ -76,6 +91,9 @@ Status launch_masses(const VerticalSlashJob& job, cudaStream_t stream);
 
 /// Between the passes: `partial` to `normalizer`.
 Status launch_normalizers(const VerticalSlashJob& job, cudaStream_t stream);
+/// Before the selection, where there are long lists: their candidates, and the offsets' masses with
+/// what chunks spilled.
+Status launch_select_candidates(const VerticalSlashJob& job, cudaStream_t stream);
 /// After them: masses to the lists of columns and offsets of the job's heads. Heads with a share
 /// get the columns of largest mass that their limit has room for.
 Status launch_select_indices(const VerticalSlashJob& job, cudaStream_t stream);
