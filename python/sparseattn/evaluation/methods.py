@@ -25,7 +25,7 @@ from sparseattn.search_cost import TILE, block_sparse_cost, budget_keys
 PREFILLS = {
     "dense": "all keys",
     "a_shape": "every head the first keys and the latest",
-    "vertical_slash": "every head columns and offsets, as many as the density allows it",
+    "vertical_slash": "every head columns and offsets, the best split of three for it",
     "block_sparse": "every head the best key blocks of 64",
     "searched": "every head the pattern that search finds at that density",
     "adaptive": "every head columns and offsets that cover a share of its attention mass",
@@ -86,11 +86,12 @@ def block_sparse_of(length: int, density: float) -> BlockSparse:
     )
 
 
-def vertical_slash_of(length: int, density: float) -> VerticalSlash:
-    """Half of the keys in offsets, counted as if they lay together, and half in columns, of which
-    a row sees half; where a head's offsets lie apart the search's budget rule takes some away."""
-    offsets = max(TILE, round(near_keys(length, density) / 2) - TILE)
-    return VerticalSlash(max(1, round(density * length / 2)), offsets)
+def vertical_slashes_of(length: int, density: float) -> list[VerticalSlash]:
+    """Candidates for a head: some columns, more, or many, and as many offsets as the density has
+    keys for if they lay together; where a head's offsets lie apart the search's budget rule takes
+    some away."""
+    offsets = max(TILE, round(near_keys(length, density)))
+    return [VerticalSlash(max(1, length // part), offsets) for part in (128, 36, 14)]
 
 
 def adaptive_of(length: int, share: float) -> VerticalSlash:
@@ -182,7 +183,7 @@ class PatternBook:
             self.folder.mkdir(parents=True, exist_ok=True)
             candidates = None
             if prefill == "vertical_slash":
-                candidates = [vertical_slash_of(length, self.density)]
+                candidates = vertical_slashes_of(length, self.density)
             # Goes on from its own journal, or reads the result from it.
             self._kept[key] = search_patterns(
                 self.model,
