@@ -3,7 +3,10 @@
     python tests/gpu_record.py --commit ID --output benchmarks/results/DATE-GPU-tests.json
 
 Not a test module. It builds nothing: the installed package is what is tested. Most of the suite's
-time is the fp64 oracle on the CPU, so workers (pytest-xdist, where it is there) have one thread.
+time is the fp64 oracle on the CPU, so workers (pytest-xdist, where it is there) have one thread;
+the sanitizer runs beside the suite. racecheck does not follow an arrival at a barrier that one lane
+makes for its warp: ``--racecheck-package`` names a folder with the package built with
+``SPARSEATTN_RACECHECK``, in which all lanes arrive.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +70,24 @@ def run_suite(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def run_sanitizer(tool: str, timeout: float) -> dict[str, Any]:
+def run_sanitizer(
+    tool: str, options: list[str], package: Path | None, timeout: float
+) -> dict[str, Any]:
     """compute-sanitizer over tests/sanitize.py: exit status 0 and no error, or the last lines."""
     if shutil.which("compute-sanitizer") is None:
         return {"skipped": "compute-sanitizer was not found"}
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable]
-    command.append(str(TESTS / "sanitize.py"))
+    command += [str(TESTS / "sanitize.py"), *options]
+    env = dict(os.environ)
+    if package is not None:
+        env["PYTHONPATH"] = os.pathsep.join([str(package), env.get("PYTHONPATH", "")])
+    said = " ".join(["sanitize.py", *options])
+    run: dict[str, Any] = {"of": said, "build": "SPARSEATTN_RACECHECK" if package else "as shipped"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
-        return {"exit_status": None, "last_lines": [f"more than {timeout} s"]}
-    return {"exit_status": done.returncode, "last_lines": done.stdout.splitlines()[-3:]}
+        return run | {"exit_status": None, "last_lines": [f"more than {timeout} s"]}
+    return run | {"exit_status": done.returncode, "last_lines": done.stdout.splitlines()[-3:]}
 
 
 def main() -> int:
@@ -89,11 +100,25 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=500, help="seconds for the suite")
     parser.add_argument("--test-timeout", type=float, default=100, help="seconds for one test")
     parser.add_argument("--sanitizer", nargs="*", default=["memcheck", "racecheck"], help="tools")
+    parser.add_argument("--sanitize", default="", help="options for sanitize.py, in one word")
+    parser.add_argument("--sanitizer-timeout", type=float, default=300, help="seconds for a tool")
+    parser.add_argument("--racecheck-package", type=Path, help="folder to import from instead")
     parser.add_argument("--commit", required=True, help="commit that is tested")
     args = parser.parse_args()
     record = bench_tools.machine(torch.device("cuda"), args.commit)
-    record["suite"] = run_suite(args)
-    record["sanitizer"] = {tool: run_sanitizer(tool, 300) for tool in args.sanitizer}
+    with ThreadPoolExecutor() as pool:
+        runs = {
+            tool: pool.submit(
+                run_sanitizer,
+                tool,
+                args.sanitize.split(),
+                args.racecheck_package if tool == "racecheck" else None,
+                args.sanitizer_timeout,
+            )
+            for tool in args.sanitizer
+        }
+        record["suite"] = run_suite(args)
+        record["sanitizer"] = {tool: run.result() for tool, run in runs.items()}
     args.output.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps({"suite": record["suite"], "sanitizer": record["sanitizer"]}, indent=2))
     clean = all(run.get("exit_status", 0) == 0 for run in record["sanitizer"].values())

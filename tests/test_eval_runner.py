@@ -68,8 +68,8 @@ def test_sizes_come_near_the_density(length, density):
     assert 1 <= blocks <= length / 64 + 1
     if length == 8192:
         assert blocks == round(methods.near_keys(length, density) / 64)
-    slash = methods.vertical_slash_of(length, density)
-    assert 1 <= slash.columns < length and 64 <= slash.offsets < length
+    for slash in methods.vertical_slashes_of(length, density):
+        assert 1 <= slash.columns < length and 64 <= slash.offsets < length
 
 
 def test_scaled_patterns():
