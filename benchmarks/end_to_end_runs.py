@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -125,12 +124,14 @@ def densities(patterns: Sequence[Pattern], q: Tensor, k: Tensor) -> dict[str, li
     return found
 
 
-def mean_density(patterns: Sequence[Sequence[Pattern]], found: dict[str, list[float]]) -> float:
-    """Over all heads of all layers, from the mean of each pattern where it was counted; nan where a
-    pattern was not."""
+def mean_density(
+    patterns: Sequence[Sequence[Pattern]], found: dict[str, list[float]]
+) -> float | None:
+    """Over all heads of all layers, from the mean of each pattern where it was counted; None where
+    a pattern was not."""
     means = {name: sum(own) / len(own) for name, own in found.items()}
-    every = [means.get(name_of(pattern), math.nan) for row in patterns for pattern in row]
-    return sum(every) / len(every)
+    every = [means.get(name_of(pattern)) for row in patterns for pattern in row]
+    return None if None in every else sum(every) / len(every)
 
 
 # --- pinned memory ---------------------------------------------------------------------------
