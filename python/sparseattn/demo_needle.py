@@ -318,11 +318,12 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, Any], list[Any], str]:
 def render(report: dict[str, Any]) -> str:
     """The report as text."""
     model, found, needles = report["model"], report["methods"], report["needles"]
+    million = model["parameters"] / 1e6
     asked = tasks.FORMATS["ask"].format(key=needles[len(needles) // 2]["key"])
     lines = [
         "",
         f"text     {report['tokens']} tokens of {report['text']}, with {len(needles)} needles",
-        f"model    {model['name']}, GLM-4 architecture, {model['parameters'] / 1e6:.1f}M parameters, "
+        f"model    {model['name']}, GLM-4 architecture, {million:.1f}M parameters, "
         f"{model['layers']} layers, {model['heads']} query heads",
         f"         and {model['kv_heads']} kv heads of {model['head_dim']}",
         demo_report.device_line(report),
@@ -399,10 +400,11 @@ def _notes(report: dict[str, Any]) -> list[str]:
     if shadow is None:
         return [*lines, "ShadowKV was left out: it does not run on this device."]
     options = shadow["options"]
-    graph = " in a CUDA graph (the others' steps are in none)" if report["device"] != "cpu" else ""
+    graph = " in a CUDA graph (dense ones are not)" if report["device"] != "cpu" else ""
     return [
         *lines,
-        f"ShadowKV (rank {options['rank']}, budget {options['sparse_budget']} tokens, fp8) reads the"
-        " text once and",
-        f"compresses it, in its prefill time; all tokens of questions and answers are decode steps{graph}.",
+        f"ShadowKV (rank {options['rank']}, budget {options['sparse_budget']} tokens, values and "
+        "factor in fp8) reads the text",
+        "once and compresses it, in its prefill time; all tokens of questions and answers are "
+        f"decode steps{graph}.",
     ]
