@@ -171,6 +171,18 @@ def test_prompts_hold_the_needles_at_their_depths():
     assert tokenizer.decode(prompts.questions[4][0]).endswith(f"answer: {prompts.keys[4]}=")
 
 
+def test_a_prompt_of_the_length_on_a_gpu():
+    """The help topics hold it; more text comes from sources that were trained on."""
+    from sparseattn.evaluation import model
+
+    _, tokenizer = model.load("needle")
+    arguments = argparse.Namespace(tokens=None, device="cpu", seed=0, text=None)
+    for tokens, source in ((131072, "Python's help topics"), (300000, "library")):
+        arguments.tokens = tokens
+        prompts = demo_needle.build(arguments, tokenizer)
+        assert prompts.prompt(0).shape == (1, tokens) and prompts.source.endswith(source)
+
+
 def test_random_weights(tmp_path, capsys, device):
     options = ["--model", "random", "--tokens", "512", "--layers", "2", "--device", device]
     report = run_demo(tmp_path, *options)

@@ -77,11 +77,7 @@ def build(args: argparse.Namespace, tokenizer: Any) -> Prompts:
     questions = [tokens(tasks.FORMATS["ask"].format(key=key)) for key in keys]
     around = len(head) + sum(map(len, needles)) + max(map(len, questions))
 
-    data, source = demo_model.read_text(args.text, 8 * wanted)
-    text = data.decode("utf-8", errors="replace")
-    hay = tokens(text[: 8 * wanted])
-    if len(hay) + around < wanted and len(text) > 8 * wanted:
-        hay = tokens(text)
+    hay, source = _hay(args.text, wanted - around, tokens)
     if len(hay) + around < (args.tokens or MIN_TOKENS):
         raise ValueError(
             f"--text: expected at least {(args.tokens or MIN_TOKENS) - around} tokens, got "
@@ -108,6 +104,19 @@ def build(args: argparse.Namespace, tokenizer: Any) -> Prompts:
         source,
         excerpt,
     )
+
+
+def _hay(path: str | None, wanted: int, tokens: Any) -> tuple[list[int], str]:
+    """(``wanted`` tokens of the text or more, if it has as many, where they come from)."""
+    hay: list[int] = []
+    source = ""
+    # Python's help topics, of which one byte brings all, were not trained on, its sources were.
+    for size, used in ((1, 8 * wanted), (8 * wanted, None)):
+        data, source = demo_model.read_text(path, size)
+        hay = tokens(data.decode("utf-8", errors="replace")[:used])
+        if len(hay) >= wanted:
+            break
+    return hay, source
 
 
 class Reader:
@@ -319,10 +328,12 @@ def render(report: dict[str, Any]) -> str:
     """The report as text."""
     model, found, needles = report["model"], report["methods"], report["needles"]
     million = model["parameters"] / 1e6
+    untrained = " (not trained on)" if report["text"] == "Python's help topics" else ""
     asked = tasks.FORMATS["ask"].format(key=needles[len(needles) // 2]["key"])
     lines = [
         "",
-        f"text     {report['tokens']} tokens of {report['text']}, with {len(needles)} needles",
+        f"text     {report['tokens']} tokens of {report['text']}{untrained}, with {len(needles)} "
+        "needles",
         f"model    {model['name']}, GLM-4 architecture, {million:.1f}M parameters, "
         f"{model['layers']} layers, {model['heads']} query heads",
         f"         and {model['kv_heads']} kv heads of {model['head_dim']}",
