@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import pytest
@@ -15,7 +16,7 @@ from sparseattn.patterns import AShape, BlockSparse, Dense, VerticalSlash
 for package in ("transformers", "matplotlib", "tqdm"):
     pytest.importorskip(package)
 
-from sparseattn import demo_measure, demo_model, plots  # noqa: E402
+from sparseattn import demo_measure, demo_model, demo_needle, plots  # noqa: E402
 from sparseattn.cli import main  # noqa: E402
 
 PATTERNS = [Dense(), AShape(5, 70), AShape(300, 1), VerticalSlash(40, 130), VerticalSlash(200, 101),
@@ -111,11 +112,80 @@ def run_demo(tmp_path, *arguments: str) -> dict:
     return json.loads((tmp_path / "report.json").read_text())
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_run(tmp_path, capsys, device):
-    if device == "cuda" and cuda_reason():
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request) -> str:
+    if request.param == "cuda" and cuda_reason():
         pytest.skip(cuda_reason())
-    report = run_demo(tmp_path, "--tokens", "512", "--layers", "2", "--device", device)
+    return request.param
+
+
+def test_needles_are_found(tmp_path, capsys, device):
+    report = run_demo(tmp_path, "--tokens", "1024", "--device", device)
+    assert report["tokens"] == 1024 and len(report["layers"]) == 5
+    assert report["model"]["weights"] == "trained"
+    numbers = [needle["number"] for needle in report["needles"]]
+    assert [needle["depth"] for needle in report["needles"]] == [0, 0.25, 0.5, 0.75, 1]
+    found = report["methods"]
+    assert list(found) == ["dense", "sparse", "a_shape", "shadowkv"]
+    for name in ("dense", "sparse", "shadowkv"):
+        assert found[name]["answers"] == numbers and found[name]["found"] == len(numbers)
+    assert found["a_shape"]["found"] < len(numbers)  # the text is needed
+    assert found["dense"]["density"] == 1 and 0 < found["sparse"]["density"] < 0.9
+    assert found["shadowkv"]["decode_share"] < 0.2
+    sizes = {name: sum(method["cache_bytes"].values()) for name, method in found.items()}
+    assert sizes["shadowkv"] < sizes["dense"] == sizes["sparse"]
+    assert all(method["prefill_s"] > 0 and method["tokens_per_s"] > 0 for method in found.values())
+    for layer in report["layers"]:
+        assert len(layer["heads"]) == 8
+        assert all(0 < measured["density"] <= 1 for measured in layer["heads"])
+    assert report["covering_patterns_error"] < (1e-4 if device == "cpu" else 3e-2)
+    printed = capsys.readouterr().out
+    assert "The weights are trained" in printed and "speed-up" in printed
+    assert printed.count(" 5 of 5 ") == 3 and numbers[2] in report["excerpt"]
+
+
+def test_needles_in_a_text_of_the_user(tmp_path):
+    (tmp_path / "text.txt").write_text("Some words of a user, no two lines alike: 12.\n" * 60)
+    PatternConfig.uniform(AShape(4, 60), 5, 8).save(tmp_path / "patterns.json")
+    text, patterns = (str(tmp_path / name) for name in ("text.txt", "patterns.json"))
+    report = run_demo(tmp_path, "--text", text, "--patterns", patterns, "--seed", "3")
+    assert 600 < report["tokens"] < 2000 and report["text"] == text
+    assert "words of a user" in report["excerpt"] and report["share"] is None
+    assert report["methods"]["dense"]["found"] == 5
+    assert {m["pattern"] for m in report["layers"][3]["heads"]} == {"a_shape 4,60"}
+
+
+def test_prompts_hold_the_needles_at_their_depths():
+    from sparseattn.evaluation import model
+
+    _, tokenizer = model.load("needle")
+    arguments = argparse.Namespace(tokens=700, device="cpu", seed=1, text=None)
+    prompts = demo_needle.build(arguments, tokenizer)
+    assert [prompts.prompt(n).shape for n in range(5)] == [(1, 700)] * 5
+    text = tokenizer.decode(prompts.document[0])
+    at = [
+        text.index(f"\nmagic: {key}={number}\n") / len(text)
+        for key, number in zip(prompts.keys, prompts.numbers, strict=True)
+    ]
+    assert at == pytest.approx(prompts.depths, abs=0.1) and at == sorted(at)
+    assert tokenizer.decode(prompts.questions[4][0]).endswith(f"answer: {prompts.keys[4]}=")
+
+
+def test_a_prompt_of_the_length_on_a_gpu():
+    """The help topics hold it; more text comes from sources that were trained on."""
+    from sparseattn.evaluation import model
+
+    _, tokenizer = model.load("needle")
+    arguments = argparse.Namespace(tokens=None, device="cpu", seed=0, text=None)
+    for tokens, source in ((131072, "Python's help topics"), (300000, "library")):
+        arguments.tokens = tokens
+        prompts = demo_needle.build(arguments, tokenizer)
+        assert prompts.prompt(0).shape == (1, tokens) and prompts.source.endswith(source)
+
+
+def test_random_weights(tmp_path, capsys, device):
+    options = ["--model", "random", "--tokens", "512", "--layers", "2", "--device", device]
+    report = run_demo(tmp_path, *options)
     assert report["tokens"] == 512 and len(report["layers"]) == 2
     heads = demo_model.SIZES[device]["heads"]
     for layer in report["layers"]:
@@ -135,6 +205,8 @@ def test_text_and_patterns_of_the_user(tmp_path):
     PatternConfig.uniform(AShape(4, 60), 1, 4).save(tmp_path / "patterns.json")
     report = run_demo(
         tmp_path,
+        "--model",
+        "random",
         "--text",
         str(tmp_path / "text.txt"),
         "--patterns",
@@ -145,18 +217,28 @@ def test_text_and_patterns_of_the_user(tmp_path):
     assert [measured["pattern"] for measured in layer["heads"]] == ["a_shape 4,60"] * 4
 
 
+RANDOM = ["--model", "random"]
+
+
 @pytest.mark.parametrize("arguments,message", [
     (["--tokens", "10"], "--tokens: expected at least 256, got 10"),
-    (["--layers", "0"], "--layers: expected at least 1, got 0"),
+    (["--layers", "2"], "--layers: expected --model random with it"),
     (["--text", "absent.txt"], "No such file or directory: 'absent.txt'"),
-    (["--text", __file__, "--tokens", "9999999"], "--text: expected at least 9999997 bytes, got"),
+    (["--text", __file__, "--tokens", "99999"], "--text: expected at least 999"),
     (["--patterns", "absent"], "absent"),
+    (["--patterns", "Yi-9B-200K"], "--patterns: expected 5 layers x 8 heads, got 48 x 32"),
+    ([*RANDOM, "--tokens", "10"], "--tokens: expected at least 256, got 10"),
+    ([*RANDOM, "--layers", "0"], "--layers: expected at least 1, got 0"),
+    ([*RANDOM, "--text", "absent.txt"], "No such file or directory: 'absent.txt'"),
+    ([*RANDOM, "--text", __file__, "--tokens", "9999999"],
+     "--text: expected at least 9999997 bytes, got"),
+    ([*RANDOM, "--patterns", "absent"], "absent"),
 ])  # fmt: skip
 def test_bad_arguments(tmp_path, capsys, arguments, message):
     assert main(["demo", "--output", str(tmp_path), *arguments]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("sparseattn demo: ") and message in error
-    assert error.count("\n") == 1
+    lines = [line for line in error.splitlines() if line and "Loading weights" not in line]
+    assert len(lines) == 1 and lines[0].startswith("sparseattn demo: ") and message in lines[0]
 
 
 def test_missing_extra(tmp_path, capsys, monkeypatch):

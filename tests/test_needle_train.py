@@ -213,11 +213,46 @@ def test_card(script, tmp_path) -> None:
     trainer = train.main([*arguments, "--checkpoint", str(tmp_path / "state")])
     trainer.log()
     train.write(trainer, tmp_path, {"niah_single": {"300": 1.0, "1024": 0.5}})
-    sparse = {"a_shape": {"niah_single": {"300": 0.25}}}
-    (tmp_path / "scores.json").write_text(json.dumps(sparse))
-    card.main([str(tmp_path)])
+    from sparseattn.evaluation import model
+    from sparseattn.search_model import fingerprint
+
+    cells = [
+        {"kind": "task", "method": method, "task": "niah_single", "length": 300, "score": score,
+         "density": density, "decode_share": 1.0}
+        for method, score, density in (("dense", 0.75, 1.0), ("a_shape", 0.25, 0.2))
+    ]  # fmt: skip
+    names = ("dtype", "seed", "examples", "density", "share")
+    weights = fingerprint(model.load(tmp_path)[0])
+    settings = {"weights": weights} | dict.fromkeys(names, 3)
+    machines = [{"cpu": "a CPU", "torch": "2.10", "date": "2026-11-25", "python": "3"}]
+    record = {"settings": settings, "machines": machines, "cells": cells}
+    (tmp_path / "eval.json").write_text(json.dumps(record))
+    card.main([str(tmp_path), "--eval", str(tmp_path / "eval.json")])
     text = (tmp_path / "MODEL_CARD.md").read_text()
-    assert "| niah_single | 100 % | 50 % |" in text and "| niah_single | 25 % |" in text
-    assert "`niah_single` with dense attention: 1024 tokens (50 %)" in text
-    assert "2 steps" in text and "nan" not in text
+    assert "| niah_single | 100 % | 50 % |" in text
+    assert "| `dense` | 100 % | 100 % | 75 % |" in text
+    assert "| `a_shape` | 20 % | 100 % | 25 % |" in text
+    assert "with dense attention: 1024 tokens (50 %, 1 examples), 300 tokens (75 %, 3 ex" in text
+    assert "2 steps" in text and "nan" not in text and "in the first layer the 1 heads" in text
     assert (tmp_path / "loss.png").stat().st_size > 5000
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["methods"]["a_shape"]["scores"] == {"niah_single": {"300": 0.25}}
+    assert scores["settings"]["date"] == "2026-11-25" and scores["settings"]["cpu"] == "a CPU"
+    card.main([str(tmp_path)])
+    assert (tmp_path / "MODEL_CARD.md").read_text() == text
+    record["settings"]["weights"] = "0" * 16
+    (tmp_path / "eval.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="--eval: expected a record of the weights"):
+        card.main([str(tmp_path), "--eval", str(tmp_path / "eval.json")])
+
+
+def test_the_shipped_card_is_the_scripts(script, tmp_path) -> None:
+    """MODEL_CARD.md is what card.py makes of loss.json, config.json and scores.json."""
+    pytest.importorskip("matplotlib")
+    shipped = script("train").TOKENIZER
+    for name in ("loss.json", "config.json", "scores.json"):
+        (tmp_path / name).write_bytes((shipped / name).read_bytes())
+    script("card").main([str(tmp_path)])
+    assert (tmp_path / "MODEL_CARD.md").read_text() == (shipped / "MODEL_CARD.md").read_text()
+    text = (shipped / "MODEL_CARD.md").read_text()
+    assert "2224 steps, 242 million" in text and "3.5 minutes" in text

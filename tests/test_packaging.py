@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
+import math
 import re
 import subprocess
 import sys
@@ -46,6 +48,34 @@ def test_presets_and_notice_are_installed() -> None:
         assert config.model == name
     licences = metadata.metadata("sparseattn").get_all("License-File")
     assert "LICENSE" in licences and any(name.endswith("NOTICE") for name in licences)
+
+
+def test_the_model_is_installed() -> None:
+    folder = resources.files("sparseattn") / "models" / "needle"
+    names = {
+        "MODEL_CARD.md",
+        "config.json",
+        "loss.json",
+        "loss.png",
+        "model.safetensors",
+        "scores.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    found = {path.name: path for path in folder.iterdir()}
+    assert set(found) == names
+    assert sum(len(path.read_bytes()) for path in found.values()) <= 12e6
+    card = found["MODEL_CARD.md"].read_text(encoding="utf-8")
+    assert "](loss.png)" in card and f"{_parameters(found) / 1e6:.1f} million parameters" in card
+    assert json.loads(found["loss.json"].read_text())["parameters"] == _parameters(found)
+
+
+def _parameters(found: dict) -> int:
+    """From the header of model.safetensors: 8 bytes of length, then JSON."""
+    data = found["model.safetensors"].read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    header.pop("__metadata__", None)
+    return sum(math.prod(tensor["shape"]) for tensor in header.values())
 
 
 def test_console_script() -> None:

@@ -20,3 +20,4 @@ except ImportError as error:
 
 tasks = importlib.import_module("sparseattn.evaluation.tasks")
 words = importlib.import_module("sparseattn.evaluation.words")
+search_model = importlib.import_module("sparseattn.search_model")

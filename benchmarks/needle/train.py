@@ -25,7 +25,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from needle_data import ANSWER, FAMILIES, TEXT, Source
+from needle_model import HORIZON, build_model, fast_norms
 from needle_package import tasks
+from needle_scores import evaluate, table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
@@ -34,7 +36,6 @@ TOKENIZER = ROOT / "python" / "sparseattn" / "models" / "needle"
 TEXT_WEIGHT = 0.2  # of the loss on text, beside the answers'
 SCORED = 2  # one label in so many goes through the output layer: all answers, and some text
 MIXTURE = (0.25, 0.25, 0.15, 0.20, 0.15)  # of needle_data.FAMILIES without the pairs
-HORIZON = 131072  # positions that the model is to know
 LOG_EVERY = 50
 
 
@@ -250,83 +251,6 @@ class Trainer:
         self.sums.copy_(state["sums"])
 
 
-def build_model(args: argparse.Namespace, vocabulary: int, eos: int) -> Any:
-    """A GlmForCausalLM with tied embeddings, untrained."""
-    from transformers import GlmConfig, GlmForCausalLM
-
-    config = GlmConfig(
-        vocab_size=-(-vocabulary // 64) * 64,
-        hidden_size=args.hidden,
-        intermediate_size=args.mlp,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads,
-        head_dim=args.head_dim,
-        max_position_embeddings=HORIZON * 2,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": args.theta,
-            "partial_rotary_factor": 0.5,
-        },
-        pad_token_id=None,
-        eos_token_id=eos,
-        attention_bias=True,
-        tie_word_embeddings=True,
-        initializer_range=0.02,
-        attn_implementation="sdpa",
-    )
-    model = GlmForCausalLM(config)
-    initialise(model, args)
-    return model
-
-
-@torch.no_grad()
-def initialise(model: Any, args: argparse.Namespace) -> None:
-    """Weights that start near what recall needs, so that it comes in seconds.
-
-    Every weight keeps its input's scale. Embeddings are large, so that tokens show through the
-    layers, and the last norm's weight small, so that the first predictions are even. Heads write
-    back what they read (``o = v^T``), which the tied output layer takes for a copied token. In the
-    first ``--local-layers`` layers, the heads of KV head 0 look a few tokens back: biases on q and
-    k that differ by RoPE's turn at that offset.
-    """
-    for name, weight in model.named_parameters():
-        if weight.dim() == 2:
-            weight.normal_(0, 0.5 if "embed" in name else weight.shape[1] ** -0.5)
-    model.model.norm.weight.fill_(4 / model.config.hidden_size)
-    scale = (2 * args.layers) ** -0.5
-    group, dim = args.heads // args.kv_heads, args.head_dim
-    frequencies = model.model.rotary_emb.inv_freq
-    for number, layer in enumerate(model.model.layers):
-        layer.mlp.down_proj.weight.mul_(scale)
-        attention = layer.self_attn
-        values = attention.v_proj.weight.view(args.kv_heads, dim, -1)
-        back = values.repeat_interleave(group, 0).flatten(0, 1).T
-        attention.o_proj.weight.copy_(back * scale)
-        if number >= args.local_layers:
-            continue
-        turn = torch.polar(
-            torch.full_like(frequencies, args.local_strength),
-            2 * torch.pi * torch.rand(len(frequencies)),
-        )
-        rotary = 2 * len(frequencies)
-        attention.k_proj.bias[:rotary] = torch.view_as_real(turn).flatten()
-        for head in range(group):
-            offset = 1 + head + number * (group - 1)  # 1 2 3 4, then 4 5 6 7
-            seen = turn * torch.polar(torch.ones_like(frequencies), -offset * frequencies)
-            attention.q_proj.bias[head * dim : head * dim + rotary] = torch.view_as_real(
-                seen
-            ).flatten()
-
-
-def fast_norms(model: Any) -> None:
-    """The same norm by one fused kernel (the weight is multiplied before rounding, not after)."""
-    for module in model.modules():
-        if type(module).__name__ == "GlmRMSNorm":
-            shape, eps = tuple(module.weight.shape), module.variance_epsilon
-            module.forward = lambda x, m=module, s=shape, e=eps: F.rms_norm(x, s, m.weight, e)
-
-
 def train(trainer: Trainer, checkpoint: Path) -> bool:
     """Until the budget is spent (True) or ``--pause`` minutes of this run are (False)."""
     args = trainer.args
@@ -375,54 +299,6 @@ def train(trainer: Trainer, checkpoint: Path) -> bool:
         f"this run {(trainer.tokens - last) / spent / 1e3:.0f}K tokens/s"
     )
     return trainer.progress() >= 1
-
-
-@torch.no_grad()
-def evaluate(
-    model: Any,
-    tokenizer: Any,
-    lengths: Sequence[int],
-    examples: int,
-    seed: int,
-    names: Sequence[str] = tuple(tasks.TASKS),
-) -> dict[str, dict[str, float]]:
-    """task -> {length: mean score}; depths spread evenly, dense attention, greedy decoding."""
-    device = next(model.parameters()).device
-    scores: dict[str, dict[str, float]] = {name: {} for name in names}
-    for length in lengths:
-        at_once = max(1, min(examples, 262144 // length))
-        for name in names:
-            depths = [
-                None if name == "common_words" else (i + 0.5) / examples for i in range(examples)
-            ]
-            made = [
-                tasks.make(name, tokenizer, length, seed=seed, index=i, depth=depths[i])
-                for i in range(examples)
-            ]
-            total = 0.0
-            for start in range(0, examples, at_once):
-                some = made[start : start + at_once]
-                ids = torch.tensor([e.input_ids for e in some], device=device)
-                new = max(e.max_new_tokens for e in some)
-                out = model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=new,
-                    do_sample=False,
-                    pad_token_id=tokenizer.pad_token_id,
-                )
-                texts = tokenizer.batch_decode(out[:, length:])
-                total += sum(tasks.score(e, t) for e, t in zip(some, texts, strict=True))
-            scores[name][str(length)] = total / examples
-    return scores
-
-
-def table(scores: dict[str, dict[str, float]]) -> str:
-    lengths = list(next(iter(scores.values())))
-    rows = ["task".ljust(20) + "".join(f"{int(n):>9}" for n in lengths)]
-    for name, found in scores.items():
-        rows.append(name.ljust(20) + "".join(f"{100 * found[n]:8.1f}%" for n in lengths))
-    return "\n".join(rows)
 
 
 def write(trainer: Trainer, out: Path, scores: dict[str, dict[str, float]] | None) -> None:

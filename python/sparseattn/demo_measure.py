@@ -20,6 +20,7 @@ from sparseattn.patterns import (
     VerticalSlash,
     options_of,
 )
+from sparseattn.search_model import attention_visitor
 
 _TILE = 64
 _CHUNK = 2**25  # mask or score elements held at once
@@ -130,7 +131,8 @@ def measure_layer(
     """Times, and for each head density, mass kept and output error; pictures of some heads.
 
     q [1, Hq, L, D], k and v [1, Hkv, L, D], dense [1, Hq, L, D] the dense output. Mass kept is the
-    mean over sampled rows; the error is the norm of the difference over the dense output's norm.
+    mean over sampled rows; the error is the norm of the difference over the dense output's norm. A
+    pattern with a share is named by it.
     """
     sparse_s, out = timed(lambda: ops.sparse_attention(q, k, v, patterns, scale=scale), q.device)
     dense_s, _ = timed(lambda: dense_attention(q, k, v, scale), q.device)
@@ -143,7 +145,9 @@ def measure_layer(
         visited = VisitedKeys(pattern, qh, kh)
         kept = (attention_rows(qh, kh, rows, scale) * visited.rows(rows)).sum(-1).mean()
         error = (out[0, h].float() - dense[0, h].float()).norm() / dense[0, h].float().norm()
-        name = f"{pattern.kind} {','.join(str(s) for s in pattern.sizes() if s)}"
+        share = getattr(pattern, "share", None)
+        sizes = ",".join(str(s) for s in pattern.sizes() if s) if share is None else f"{share:.0%}"
+        name = f"{pattern.kind} {sizes}"
         density = visited.density()
         heads.append(
             {
@@ -171,6 +175,38 @@ def measure_layer(
     for key in ("density", "mass_kept", "output_error"):
         layer[key] = statistics.fmean(head[key] for head in heads)
     return layer, pictures
+
+
+def measure_layers(
+    model: Any,
+    ids: Tensor,
+    patterns: Sequence[Sequence[Pattern]],
+    pictured: Sequence[tuple[int, int]],
+    steps: Any,
+) -> tuple[list[dict[str, Any]], list[plots.HeadPicture], float]:
+    """``measure_layer`` of all layers on the prompt ``ids`` [1, L], pictures of the (layer, head)s
+    ``pictured``, and ``exactness`` in layer 0. ``steps``: a progress bar, layers + 1 steps."""
+    layers: list[dict[str, Any]] = []
+    pictures: list[plots.HeadPicture] = []
+    exact: list[float] = []
+
+    def visit(layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float, dense: Tensor) -> None:
+        if layer == 0:
+            steps.set_description("exactness")
+            exact.append(exactness(q, k, v, scale))  # warms the operators up, too
+            steps.update()
+        steps.set_description(f"layer {layer}")
+        heads = [head for at, head in pictured if at == layer]
+        measured, drawn = measure_layer(q, k, v, scale, dense, patterns[layer], heads)
+        layers.append({"layer": layer, **measured})
+        for picture in drawn:
+            picture.title = f"layer {layer}, {picture.title}"
+        pictures.extend(drawn)
+        steps.update()
+
+    with attention_visitor(model, visit):
+        model(ids, use_cache=False, logits_to_keep=1)
+    return layers, pictures, exact[0]
 
 
 def exactness(q: Tensor, k: Tensor, v: Tensor, scale: float, length: int = 1024) -> float:
