@@ -36,8 +36,8 @@ ALLOWED = (
     Allowed(
         r"sm9016attention_kernel.*Li128E",
         100,
-        "Hopper kernel at head_dim 128: the producer warps have 40 registers, the consumers the "
-        "rest; none of it in the consumers' loops",
+        "Hopper kernel at head_dim 128: the producer warps have 56 registers, the consumers 224; "
+        "none of it in the consumers' loop over pairs, a few words between two tiles",
     ),
 )
 
