@@ -203,6 +203,43 @@ def test_budget_rule(tmp_path):
             )
 
 
+def test_heads_of_a_layer_share_the_budget(tmp_path):
+    """Costs are the budget on average, errors smaller than with equal costs."""
+    model, ids = tiny(num_hidden_layers=1), prompt(2048)
+    near = [AShape(16, 1500)]
+    found = {}
+    for shared in (False, True):
+        path = tmp_path / f"{shared}.json"
+        config = search_patterns(
+            model, ids, candidates=near, budget=0.3, shared=shared, output=path, progress=False
+        )
+        header, record = [
+            json.loads(line)
+            for line in path.with_name(path.name + ".search.jsonl").read_text().splitlines()
+        ]
+        count = len(header["candidates"])
+        assert count == (len(search_module.SHARES) if shared else 1)
+        pick = []
+        for head, pattern in enumerate(config.layers[0]):
+            pick.append(
+                next(
+                    (record["errors"][c][head], record["costs"][c][head])
+                    for c in range(count)
+                    if record["steps"][c][head] is not None
+                    and shrink(near[0], record["steps"][c][head]) == pattern
+                )
+            )
+        found[shared] = [sum(column) for column in zip(*pick, strict=True)]
+        assert found[shared][1] <= 4 * 1.1 * budget_keys(0.3, 2048)
+    assert found[True][0] <= found[False][0]
+    with pytest.raises(ValueError, match="budget: expected a share that heads can share"):
+        search_patterns(model, ids, candidates=near, shared=True, progress=False)
+    with pytest.raises(ValueError, match="other candidates, shared"):
+        search_patterns(
+            model, ids, candidates=near, budget=0.3, shared=True, output=tmp_path / "False.json"
+        )
+
+
 def test_head_that_nothing_fits_keeps_the_cheapest():
     candidates = [VerticalSlash(900, 900), AShape(64, 900)]
     config = search_patterns(

@@ -16,6 +16,7 @@ from sparseattn.search_cost import (
     dense_cost,
     fit,
     measured_cost,
+    share_out,
     shrink,
     vertical_slash_cost,
 )
@@ -157,3 +158,16 @@ def test_fit_takes_the_fewest_steps_within_the_limit():
         assert less > 0.6 * min(full)
     assert fit(candidate, q, k, limit=None) == ([0, 0], full, [True, True])
     assert fit(candidate, q, k, limit=1.0)[2] == [False, False]
+
+
+def test_heads_share_a_budget():
+    """By hand: (error, cost) of three heads, at most 10 a head."""
+    options = [
+        [(0.5, 4.0), (0.4, 8.0), (0.05, 20.0)],  # 0.025 a key to the second, 0.028 to the third
+        [(0.9, 4.0), (0.2, 8.0), (0.19, 20.0)],  # 0.175, then next to nothing
+        [(0.3, 4.0), (0.3, 2.0)],  # the cheaper of two equals
+    ]
+    assert share_out(options, 10.0) == [2, 1, 1]  # 20 + 8 + 2
+    assert share_out(options, 9.9) == [1, 1, 1]  # 20 does not fit any more
+    assert share_out(options, 3.4) == [0, 0, 1]  # nor 8
+    assert share_out(options, 1.0) == [0, 0, 1]  # nothing is cheaper

@@ -29,11 +29,15 @@ from sparseattn.search_cost import (
     check_candidates,
     default_candidates,
     fit,
+    share_out,
     shrink,
 )
 from sparseattn.search_model import attention_visitor, checked_prompts, digest, fingerprint
 
 DEFAULT_BUDGET = 0.1
+#: Parts of the budget at which candidates take part where heads share it.
+SHARES = (0.5, 1.0, 2.0, 4.0)
+_MOST = 0.95  # of dense attention's keys: what default candidates may cost
 # Stands in for a candidate that a head does not take; its output is not looked at.
 _NEXT_TO_NOTHING = AShape(0, 1)
 
@@ -44,6 +48,7 @@ def search_patterns(
     *,
     candidates: Sequence[Pattern] | None = None,
     budget: float | None = None,
+    shared: bool = False,
     output: str | os.PathLike[str] | None = None,
     resume: bool = True,
     progress: bool = True,
@@ -69,6 +74,10 @@ def search_patterns(
             longest prompt.
         budget: share of dense attention's keys, 0 < budget < 1. None: 0.1 with the default
             candidates, no limit with given ones.
+        shared: heads of a layer share its budget: candidates take part at half the budget, once,
+            twice and four times it (those given only as far as they are large enough), none is
+            dropped, and the sum of the heads' errors is made small for costs that are the budget
+            on average (``search_cost.share_out``).
         output: file that gets the config after every layer (layers not yet searched are dense).
             Beside it ``<output>.search.jsonl`` keeps all errors and costs, one line a layer.
         resume: go on from ``<output>.search.jsonl``, with the same result as without the
@@ -79,7 +88,7 @@ def search_patterns(
         TypeError, ValueError: bad arguments; a model with sliding-window layers or with attention
             that does not go through the interface; files of a search with other settings.
     """
-    search = _Search(model, prompt_ids, candidates, budget, output, resume)
+    search = _Search(model, prompt_ids, candidates, budget, output, resume, shared)
     return search.run(progress)
 
 
@@ -92,8 +101,10 @@ class _Search:
         budget: float | None,
         output: str | os.PathLike[str] | None,
         resume: bool,
+        shared: bool = False,
     ) -> None:
         self.model = model
+        self.shared = shared
         config = model.config.get_text_config()
         self.layers, self.heads = config.num_hidden_layers, config.num_attention_heads
         self.prompts = checked_prompts(prompt_ids, config.vocab_size)
@@ -101,10 +112,18 @@ class _Search:
         if budget is None and candidates is None:
             budget = DEFAULT_BUDGET
         self.limit = None if budget is None else TOLERANCE * budget_keys(budget, longest)
-        if candidates is None:
-            self.candidates = default_candidates(longest, budget)
-        else:
-            self.candidates = check_candidates(candidates)
+        if shared and budget is None:
+            raise ValueError("budget: expected a share that heads can share, got None")
+        given = None if candidates is None else check_candidates(candidates)
+        # Of every candidate the part of the budget that it may cost a head.
+        self.parts: list[float] = []
+        self.candidates: list[Pattern] = []
+        for part in SHARES if shared else (1.0,):
+            own = given
+            if own is None:
+                own = default_candidates(longest, min(_MOST, part * budget) if shared else budget)
+            self.candidates += own
+            self.parts += [part] * len(own)
         self.output = None if output is None else Path(output)
         name = getattr(model.config, "_name_or_path", "") or None
         header = {
@@ -118,6 +137,8 @@ class _Search:
             "candidates": [pattern_to_json(pattern) for pattern in self.candidates],
             "budget": budget,
         }
+        if shared:
+            header["shared"] = list(SHARES)
         self.journal = _Journal(self.output, header, resume)
         self.name = name
 
@@ -200,9 +221,13 @@ class _Search:
 
     def _sizes(self, q: torch.Tensor, k: torch.Tensor) -> dict[str, Any]:
         """Steps (None: dropped) and costs ``[candidate][head]`` by the budget rule."""
-        fits = [fit(candidate, q, k, self.limit) for candidate in self.candidates]
+        fits = [
+            fit(candidate, q, k, None if self.limit is None else part * self.limit)
+            for candidate, part in zip(self.candidates, self.parts, strict=True)
+        ]
         steps: list[list[int | None]] = [list(f[0]) for f in fits]
-        for head in range(self.heads):
+        # Heads that share a budget may take what is over their part of it.
+        for head in range(0 if self.shared else self.heads):
             if any(within[head] for _, _, within in fits):
                 kept = {c for c, (_, _, within) in enumerate(fits) if within[head]}
             else:
@@ -220,14 +245,22 @@ class _Search:
             for number in range(len(self.prompts))
             if (number, layer) in self.journal.records
         ]
-        winners = []
-        for head in range(self.heads):
-            ranked = [
+        ranked = [
+            [
                 (sum(errors[c][head] for errors in done) / len(done), first["costs"][c][head], c)
                 for c in range(len(self.candidates))
                 if first["steps"][c][head] is not None
             ]
-            error, cost, c = min(ranked)
+            for head in range(self.heads)
+        ]
+        if self.shared:
+            assert self.limit is not None
+            chosen = share_out([[option[:2] for option in own] for own in ranked], self.limit)
+        else:
+            chosen = [own.index(min(own)) for own in ranked]
+        winners = []
+        for head, own in enumerate(ranked):
+            error, cost, c = own[chosen[head]]
             pattern = shrink(self.candidates[c], first["steps"][c][head])
             winners.append((pattern, error, cost))
         return winners
@@ -342,6 +375,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a candidate instead of the default set, e.g. vertical_slash:1000,6096, "
         "a_shape:128,3968, block_sparse:100 (repeat for more)",
     )
+    parser.add_argument(
+        "--share-budget",
+        action="store_true",
+        help="heads of a layer share its budget: some cost more, some less",
+    )
     parser.add_argument("--restart", action="store_true", help="do not go on from an earlier run")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument(
@@ -384,7 +422,13 @@ def run(args: argparse.Namespace) -> int:
             prompts.append(ids[:, :length])
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, dtype))
     search = _Search(
-        model.to(device), prompts, args.candidate, args.budget, args.output, not args.restart
+        model.to(device),
+        prompts,
+        args.candidate,
+        args.budget,
+        args.output,
+        not args.restart,
+        args.share_budget,
     )
     try:
         search.run(not args.no_progress)

@@ -206,6 +206,35 @@ def default_candidates(length: int, budget: float) -> list[Pattern]:
     return list(dict.fromkeys(candidates))
 
 
+def share_out(options: Sequence[Sequence[tuple[float, float]]], limit: float) -> list[int]:
+    """One option for every head of a layer, so that they cost at most ``limit`` a head on average.
+
+    ``options[head]`` are (error, cost). All heads begin with their cheapest (equal costs: the
+    smaller error); then whatever lowers an error by most for what it costs more is taken, as long
+    as the budget has room for it (equal gains: the first head, its first option). Where the
+    cheapest cost more than the limit, they are the choice.
+    """
+    chosen = [
+        min(range(len(own)), key=lambda i, own=own: (own[i][1], own[i][0])) for own in options
+    ]
+    left = limit * len(options) - sum(own[i][1] for own, i in zip(options, chosen, strict=True))
+    while True:
+        best: tuple[float, int, int] | None = None
+        for head, own in enumerate(options):
+            error, cost = own[chosen[head]]
+            for i, (other, more) in enumerate(own):
+                if other >= error or more - cost > left:
+                    continue
+                gain = (error - other) / max(more - cost, 1e-9)
+                if best is None or gain > best[0]:
+                    best = (gain, head, i)
+        if best is None:
+            return chosen
+        _, head, i = best
+        left -= options[head][i][1] - options[head][chosen[head]][1]
+        chosen[head] = i
+
+
 def check_candidates(candidates: Sequence[Pattern]) -> list[Pattern]:
     """The distinct candidates, in order; refuses an empty list and what is no pattern."""
     if isinstance(candidates, (str, bytes)) or not isinstance(candidates, Sequence):

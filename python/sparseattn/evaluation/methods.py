@@ -20,12 +20,13 @@ from sparseattn import SHADOW_DEVICES
 from sparseattn.config import PatternConfig
 from sparseattn.info import path as path_of
 from sparseattn.patterns import AShape, BlockSparse, Pattern, VerticalSlash
+from sparseattn.search import SHARES
 from sparseattn.search_cost import TILE, block_sparse_cost, budget_keys
 
 PREFILLS = {
     "dense": "all keys",
     "a_shape": "every head the first keys and the latest",
-    "vertical_slash": "every head columns and offsets, the best split of three for it",
+    "vertical_slash": "every head columns and offsets, more for those that need them",
     "block_sparse": "every head the best key blocks of 64",
     "searched": "every head the pattern that search finds at that density",
     "adaptive": "every head columns and offsets that cover a share of its attention mass",
@@ -34,6 +35,7 @@ SHADOWKV = "shadowkv"
 DEFAULT = (*PREFILLS, SHADOWKV, f"searched+{SHADOWKV}")
 #: Columns and offsets that adaptive may take: this part of the prompt's keys.
 ADAPTIVE_LIMIT = 0.5
+_MOST = 0.9  # of all keys: a head's candidates
 _MIN_BOXES = 4  # of 64 keys, that a search needs in a row (search_cost.default_candidates)
 
 
@@ -87,11 +89,11 @@ def block_sparse_of(length: int, density: float) -> BlockSparse:
 
 
 def vertical_slashes_of(length: int, density: float) -> list[VerticalSlash]:
-    """Candidates for a head: some columns, more, or many, and as many offsets as the density has
-    keys for if they lay together; where a head's offsets lie apart the search's budget rule takes
-    some away."""
-    offsets = max(TILE, round(near_keys(length, density)))
-    return [VerticalSlash(max(1, length // part), offsets) for part in (128, 36, 14)]
+    """Candidates for a head: from few columns to many, and as many offsets as four times the
+    density has keys for if they lay together; heads share the density, and where a head's offsets
+    lie apart the search's budget rule takes some away."""
+    offsets = max(TILE, round(near_keys(length, min(_MOST, SHARES[-1] * density))))
+    return [VerticalSlash(max(1, length // part), offsets) for part in (128, 36, 14, 5)]
 
 
 def adaptive_of(length: int, share: float) -> VerticalSlash:
@@ -190,6 +192,7 @@ class PatternBook:
                 self.prompt_of(length),
                 candidates=candidates,
                 budget=self.density,
+                shared=prefill == "vertical_slash",
                 output=self.folder / f"{prefill}-{length}.json",
                 progress=self.progress,
             )
