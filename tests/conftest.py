@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from helpers import PLACES, Place, cuda_reason
@@ -16,6 +21,9 @@ settings.register_profile(
 )
 settings.register_profile("explore", max_examples=1000, deadline=None)
 settings.load_profile("default")
+
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -58,3 +66,21 @@ def place(request: pytest.FixtureRequest) -> Place:
 def main_place(request: pytest.FixtureRequest) -> Place:
     """One dtype per device: fp32 on the CPU, bf16 on the GPU."""
     return _place(request)
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Imports a module of benchmarks/ by its name."""
+    if not BENCHMARKS.is_dir():
+        pytest.skip("benchmarks: not a checkout of the repository")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Toy shapes gain nothing from threads, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

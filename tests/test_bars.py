@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 
@@ -10,15 +9,6 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 GPU = {"gpu": "NVIDIA H100", "cpu": "some", "torch": "2.11", "commit": "abc"}
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """Imports a script of benchmarks/ by its name."""
-    if not BENCHMARKS.is_dir():
-        pytest.skip("benchmarks: not a checkout of the repository")
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
 
 
 # --- prefill_bars ---------------------------------------------------------------------------------

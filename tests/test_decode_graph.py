@@ -128,6 +128,12 @@ def test_refusals():
     model(first, past_key_values=cache)
     with pytest.raises(ValueError, match="no change but by this decoder's steps"):
         decoder.step(first)
+    decoder = GraphDecoder(model, cache, 5)
+    with pytest.raises(ValueError, match="tokens: expected at least 1, got 0"):
+        decoder.generate(first, 0)
+    cache.reorder_cache(torch.tensor([0]))  # other buffers, the same length
+    with pytest.raises(ValueError, match="no change but by this decoder's steps"):
+        decoder.step(first)
     sparseattn.hf.disable(model)
     with pytest.raises(ValueError, match="was not enabled"):
         GraphDecoder(model, cache, 5)

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 pytest.importorskip("transformers", minversion="5.0")
 
 
-@pytest.fixture
-def script(monkeypatch):
-    """Imports a script of benchmarks/ by its name."""
-    if not BENCHMARKS.is_dir():
-        pytest.skip("benchmarks: not a checkout of the repository")
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Toy shapes gain nothing from threads, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_smoke(script, tmp_path, capsys):

@@ -17,15 +17,6 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def script(monkeypatch):
-    """Imports a module of benchmarks/ by its name."""
-    if not BENCHMARKS.is_dir():
-        pytest.skip("benchmarks: not a checkout of the repository")
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
-
-
 def test_smoke(script, tmp_path, capsys):
     path = tmp_path / "peers.json"
     bench = script("peers.bench")

@@ -73,6 +73,7 @@ class GraphDecoder:
         self.logits: Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None
         self._expected = first.length
+        self._buffer = first.keys.data  # where the graph's steps write
         if device.type == "cuda":
             self._capture()
 
@@ -84,7 +85,12 @@ class GraphDecoder:
             raise ValueError(f"ids: expected shape {list(self.ids.shape)}, got {list(ids.shape)}")
         if self.left < 1:
             raise ValueError("ids: expected at most max_new_tokens steps, got one more")
-        if self.states[0].length != self._expected or self.states[0] is not self._state(0):
+        state = self.cache.layers[0].state
+        if (
+            state is not self.states[0]
+            or state.length != self._expected
+            or state.keys.data is not self._buffer
+        ):
             raise ValueError("cache: expected no change but by this decoder's steps, got another")
         self.ids.copy_(ids)
         self.place.go_to(self.states[0])
@@ -106,6 +112,8 @@ class GraphDecoder:
         ``n`` is ``tokens``, or less where every sequence has had ``eos_token_id``; what follows it
         in a sequence is ``eos_token_id``. Looking for it waits for the device, every 16 tokens.
         """
+        if tokens < 1:
+            raise ValueError(f"tokens: expected at least 1, got {tokens}")
         out: list[Tensor] = []
         for count in range(tokens):
             ids = self.step(ids).argmax(-1, keepdim=True)
@@ -121,9 +129,6 @@ class GraphDecoder:
         result = result.masked_fill(after, eos_token_id)
         longest = int((~after).sum(dim=1).max()) + 1
         return result[:, : min(longest, result.shape[1])]
-
-    def _state(self, layer: int) -> ShadowState | None:
-        return self.cache.layers[layer].state
 
     def _run(self) -> None:
         for layer in self.cache.layers:
