@@ -2,7 +2,8 @@
 //
 // A warp writes a row of the store: `group` rows of x side by side, in pieces of 8 elements. To
 // quantise them it reads them twice, first for their scale; the second time they come from L1. The
-// store may be host memory, to which the stores of a warp go in pieces of 256 bytes and more.
+// store may be host memory, to which the stores of a warp go in pieces of 256 bytes and more; rows
+// that are copied as they are and lie one after the other go there by the copy engine.
 #include <algorithm>
 
 #include "common/cuda/launch.h"
@@ -47,8 +48,8 @@ struct Pieces {
   }
 };
 
-__device__ __forceinline__ int64_t store_offset(const StoreRows& in, int64_t sequence, int64_t head,
-                                                int64_t row) {
+__host__ __device__ __forceinline__ int64_t store_offset(const StoreRows& in, int64_t sequence,
+                                                         int64_t head, int64_t row) {
   return sequence * in.store.batch_stride + head * in.store.head_stride +
          (in.first + row) * in.store.row_stride;
 }
@@ -109,6 +110,33 @@ __global__ void __launch_bounds__(kStoreThreads)
   });
 }
 
+/// Whether a head's rows lie one after the other, and heads not too far apart for a copy.
+bool is_one_copy_a_sequence(const StoreRows& in) {
+  const int64_t bytes = 2 * static_cast<int64_t>(in.rows) * in.dim;
+  const auto fits = [&](int64_t head_stride) {
+    return in.heads == 1 || (2 * head_stride >= bytes && 2 * head_stride <= INT32_MAX);
+  };
+  return in.x.row_stride == in.dim && bytes <= INT32_MAX && fits(in.x.head_stride) &&
+         fits(in.store.head_stride);
+}
+
+Status copy_to_host(const StoreRows& in, cudaStream_t stream) {
+  const size_t bytes = 2 * static_cast<size_t>(in.rows) * in.dim;
+  for (int32_t sequence = 0; sequence < in.batch; ++sequence) {
+    const auto pitch = [&](int64_t head_stride) {
+      return in.heads == 1 ? bytes : 2 * static_cast<size_t>(head_stride);
+    };
+    const cudaError_t error = cudaMemcpy2DAsync(
+        static_cast<unsigned char*>(in.store.data) + 2 * store_offset(in, sequence, 0, 0),
+        pitch(in.store.head_stride),
+        static_cast<const unsigned char*>(in.x.data) + 2 * sequence * in.x.batch_stride,
+        pitch(in.x.head_stride), bytes, in.heads, cudaMemcpyDeviceToHost, stream);
+    const Status status = cuda::to_status(error);
+    if (!status.ok()) return status;
+  }
+  return {};
+}
+
 }  // namespace shadow_sm80
 
 Status store_rows(const StoreRows& in, cudaStream_t stream) {
@@ -139,6 +167,7 @@ Status store_rows(const StoreRows& in, cudaStream_t stream) {
                  "that the device cannot write",
                  &place);
   if (!status.ok()) return status;
+  if (place.on_host && !quantised && is_one_copy_a_sequence(in)) return copy_to_host(in, stream);
   const auto ctas = static_cast<unsigned>(
       std::min(kStoreCtasPerSm * multiprocessors(), cuda::ceil_div(all, kStoreWarps)));
   if (!quantised) {
