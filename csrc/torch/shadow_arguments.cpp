@@ -129,6 +129,35 @@ RowScales check_scales(const char* name, const MaybeTensor& scale, const Anchor&
           dims.size() == 3 ? scale->stride(1) : 0};
 }
 
+/// fp32 [batch, kv_heads, head_dim], or null.
+const float* check_mean(const MaybeTensor& mean, const Anchor& like, int64_t batch,
+                        int64_t kv_heads, int64_t head_dim) {
+  if (!mean) return nullptr;
+  check_tensor("mean", *mean, like, {ScalarType::Float},
+               {{"batch", batch}, {"kv_heads", kv_heads}, {"head_dim", head_dim}},
+               Memory::kContiguous);
+  return data_of<float>(*mean);
+}
+
+void check_frequencies(const Tensor& inv_freq, const Anchor& like, int64_t head_dim, Rope* rope) {
+  check_tensor("inv_freq", inv_freq, like, {ScalarType::Float}, {{"rotary_dim / 2"}},
+               Memory::kContiguous);
+  if (2 * inv_freq.size(0) > head_dim) {
+    value_error("inv_freq: expected at most head_dim / 2 = ", head_dim / 2, " frequencies, got ",
+                inv_freq.size(0));
+  }
+  rope->inv_freq = data_of<float>(inv_freq);
+  rope->rotary_dim = 2 * size_of(inv_freq, 0);
+}
+
+void check_rotation(bool interleaved, double rope_scale, Rope* rope) {
+  if (!std::isfinite(rope_scale)) {
+    value_error("rope_scale: expected a finite number, got ", rope_scale);
+  }
+  rope->interleaved = interleaved;
+  rope->scale = static_cast<float>(rope_scale);
+}
+
 /// `like` is of the dtype, and tells the batch; heads are those of the basis.
 LowRankKeys check_low_rank(const LowRankArguments& a, const Anchor& like, int64_t batch,
                            int64_t kv_heads, int64_t head_dim, int32_t chunk) {
@@ -150,27 +179,9 @@ LowRankKeys check_low_rank(const LowRankArguments& a, const Anchor& like, int64_
   keys.factor_scales = check_scales("factor_scale", a.factor_scale, like,
                                     {{"batch", batch}, {"rows", a.factor.size(1)}});
   keys.basis = view_of(a.basis);
-  if (a.mean) {
-    check_tensor("mean", *a.mean, like, {ScalarType::Float},
-                 {{"batch", batch}, {"kv_heads", kv_heads}, {"head_dim", head_dim}},
-                 Memory::kContiguous);
-    keys.mean = data_of<float>(*a.mean);
-  }
-  if (a.inv_freq) {
-    check_tensor("inv_freq", *a.inv_freq, like, {ScalarType::Float}, {{"rotary_dim / 2"}},
-                 Memory::kContiguous);
-    if (2 * a.inv_freq->size(0) > head_dim) {
-      value_error("inv_freq: expected at most head_dim / 2 = ", head_dim / 2, " frequencies, got ",
-                  a.inv_freq->size(0));
-    }
-    keys.rope.inv_freq = data_of<float>(*a.inv_freq);
-    keys.rope.rotary_dim = 2 * size_of(*a.inv_freq, 0);
-  }
-  if (!std::isfinite(a.rope_scale)) {
-    value_error("rope_scale: expected a finite number, got ", a.rope_scale);
-  }
-  keys.rope.interleaved = a.interleaved;
-  keys.rope.scale = static_cast<float>(a.rope_scale);
+  keys.mean = check_mean(a.mean, like, batch, kv_heads, head_dim);
+  if (a.inv_freq) check_frequencies(*a.inv_freq, like, head_dim, &keys.rope);
+  check_rotation(a.interleaved, a.rope_scale, &keys.rope);
   return keys;
 }
 
@@ -183,6 +194,35 @@ void check_chunk_rows(const char* name, const Tensor& tensor) {
 }
 
 }  // namespace
+
+ShadowUndoRope undo_rope_arguments(const Support& support, const Tensor& k, const Tensor& out,
+                                   const Tensor& inv_freq, const MaybeTensor& mean, int64_t first,
+                                   bool interleaved, double rope_scale) {
+  check_keys("k", support, k);
+  const Anchor like{"k", k};
+  const int64_t batch = k.size(0), heads = k.size(1), rows = k.size(2), head_dim = k.size(3);
+  check_tensor("out", out, like, {k.scalar_type()},
+               {{"batch", batch}, {"rows", rows}, {"kv_heads", heads}, {"head_dim", head_dim}},
+               Memory::kRows);
+  Rope rope{};
+  check_frequencies(inv_freq, like, head_dim, &rope);
+  check_rotation(interleaved, rope_scale, &rope);
+  if (rope.scale == 0.0f) value_error("rope_scale: expected a number that is not 0, got 0");
+  const int64_t most = kMostRows - rows;
+  if (first < 0 || first > most) {
+    value_error("first: expected a position from 0 to ", most, ", got ", first);
+  }
+  return {size_of(k, 0),
+          size_of(k, 1),
+          size_of(k, 2),
+          size_of(k, 3),
+          static_cast<int32_t>(first),
+          dtype_of(k),
+          view_of(k),
+          {out.data_ptr(), out.stride(0), out.stride(2), out.stride(1)},
+          check_mean(mean, like, batch, heads, head_dim),
+          rope};
+}
 
 ShadowGram gram_arguments(const Support& support, const Tensor& k, const Tensor& gram,
                           const Tensor& total, const Tensor& count, const MaybeTensor& kv_lens) {

@@ -9,6 +9,10 @@ namespace sparseattn::torch_layer {
 
 using MaybeTensor = std::optional<Tensor>;
 
+ShadowUndoRope undo_rope_arguments(const Support& support, const Tensor& k, const Tensor& out,
+                                   const Tensor& inv_freq, const MaybeTensor& mean, int64_t first,
+                                   bool interleaved, double rope_scale);
+
 ShadowGram gram_arguments(const Support& support, const Tensor& k, const Tensor& gram,
                           const Tensor& total, const Tensor& count, const MaybeTensor& kv_lens);
 

@@ -9,6 +9,13 @@
 namespace sparseattn::torch_layer {
 namespace {
 
+void shadow_undo_rope_(Tensor k, Tensor out, Tensor inv_freq, MaybeTensor mean, int64_t first,
+                       bool interleaved, double rope_scale) {
+  check_status(cpu::shadow_undo_rope(
+      undo_rope_arguments(support(), k, out, inv_freq, mean, first, interleaved, rope_scale),
+      run_parallel));
+}
+
 void shadow_gram_(Tensor k, Tensor gram, Tensor total, Tensor count, MaybeTensor kv_lens) {
   check_status(
       cpu::shadow_gram(gram_arguments(support(), k, gram, total, count, kv_lens), run_parallel));
@@ -84,6 +91,7 @@ std::tuple<Tensor, Tensor> shadow_attention(Tensor q, Tensor k, Tensor v, Tensor
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sparseattn, CPU, m) {
+  m.impl("shadow_undo_rope_", TORCH_BOX(&shadow_undo_rope_));
   m.impl("shadow_gram_", TORCH_BOX(&shadow_gram_));
   m.impl("shadow_landmarks_", TORCH_BOX(&shadow_landmarks_));
   m.impl("shadow_outliers", TORCH_BOX(&shadow_outliers));

@@ -25,6 +25,21 @@ void check_rows(const char* name, const Tensor& tensor) {
   }
 }
 
+void shadow_undo_rope_(Tensor k, Tensor out, Tensor inv_freq, MaybeTensor mean, int64_t first,
+                       bool interleaved, double rope_scale) {
+  ShadowUndoRope params =
+      undo_rope_arguments(support(), k, out, inv_freq, mean, first, interleaved, rope_scale);
+  check_rows("out", out);
+  const Launch launch(k);
+  const Tensor keys = aligned(k);
+  params.k = view_of(keys);
+  if (mean) {
+    mean = aligned(*mean);
+    params.mean = static_cast<const float*>(mean->const_data_ptr());
+  }
+  check_status(sparseattn::shadow_undo_rope(params, launch.stream()));
+}
+
 void shadow_gram_(Tensor k, Tensor gram, Tensor total, Tensor count, MaybeTensor kv_lens) {
   ShadowGram params = gram_arguments(support(), k, gram, total, count, kv_lens);
   const Launch launch(k);
@@ -101,6 +116,7 @@ void gather_values_(Tensor store, Tensor values, Tensor misses, Tensor miss_coun
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sparseattn, CUDA, m) {
+  m.impl("shadow_undo_rope_", TORCH_BOX(&shadow_undo_rope_));
   m.impl("shadow_gram_", TORCH_BOX(&shadow_gram_));
   m.impl("shadow_landmarks_", TORCH_BOX(&shadow_landmarks_));
   m.impl("shadow_outliers", TORCH_BOX(&shadow_outliers));

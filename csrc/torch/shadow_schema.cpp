@@ -3,6 +3,9 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparseattn, m) {
   m.def(
+      "shadow_undo_rope_(Tensor k, Tensor(a!) out, Tensor inv_freq, Tensor? mean=None, *, "
+      "int first=0, bool interleaved=False, float rope_scale=1.0) -> ()");
+  m.def(
       "shadow_gram_(Tensor k, Tensor(a!) gram, Tensor(b!) total, Tensor(c!) count, *, "
       "Tensor? kv_lens=None) -> ()");
   m.def(

@@ -167,6 +167,22 @@ struct Rope {
   float scale;
 };
 
+/// Keys before RoPE of keys after it, heads side by side. Row n is at position first + n; of a pair
+/// (a, b) there become (a cos + b sin) / scale and (b cos - a sin) / scale, less the mean, in fp32
+/// and rounded once.
+struct ShadowUndoRope {
+  int32_t batch;
+  int32_t kv_heads;
+  int32_t rows;
+  int32_t head_dim;
+  int32_t first;  // first + rows < 2^31
+  DType dtype;    // of k and out
+  View k;         // [batch, kv_heads, rows, head_dim] after RoPE
+  View out;       // out, the same shape: memory of [batch, rows, kv_heads, head_dim]; not that of k
+  const float* mean;  // [batch, kv_heads, head_dim], or null: zero
+  Rope rope;          // scale is not 0
+};
+
 /// Keys of a prompt at low rank: key(n, head) = rope(factor[n] . basis[head] + mean[head], n). The
 /// scale of a quantised row of the factor multiplies its product with the basis.
 struct LowRankKeys {
@@ -223,6 +239,7 @@ SPARSEATTN_HOST_DEVICE inline int32_t start_of(const LengthList& list, int64_t s
 
 namespace cpu {
 // fp32 or bf16, sums in fp32; head_dim 16, 32, 64, 96 or 128.
+Status shadow_undo_rope(const ShadowUndoRope& params, const ParallelFor& parallel_for);
 Status shadow_gram(const ShadowGram& params, const ParallelFor& parallel_for);
 Status shadow_landmarks(const ShadowLandmarks& params, const ParallelFor& parallel_for);
 Status shadow_outliers(const ShadowOutliers& params, const ParallelFor& parallel_for);
@@ -238,6 +255,8 @@ Status shadow_attention(const ShadowAttention& params, const ParallelFor& parall
 // values start on 16-byte boundaries. `workspace` is as many bytes of the device as the function
 // beside says for the current device, on a 256-byte boundary; launches that may run at the same
 // time need one each.
+/// The mean starts on a 16-byte boundary, too.
+Status shadow_undo_rope(const ShadowUndoRope& params, CUstream_st* stream);
 size_t shadow_gram_bytes(const ShadowGram& params);
 Status shadow_gram(const ShadowGram& params, void* workspace, CUstream_st* stream);
 Status shadow_landmarks(const ShadowLandmarks& params, CUstream_st* stream);

@@ -93,6 +93,11 @@ def _(q, k, *, top_k, block=64, share=None, method="mean", stride=16, q_lens=Non
 # --- ShadowKV -----------------------------------------------------------------------------------
 
 
+@torch.library.register_fake("sparseattn::shadow_undo_rope_")
+def _(k, out, inv_freq, mean=None, *, first=0, interleaved=False, rope_scale=1.0):
+    return None
+
+
 @torch.library.register_fake("sparseattn::shadow_gram_")
 def _(k, gram, total, count, *, kv_lens=None):
     return None

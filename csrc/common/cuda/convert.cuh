@@ -26,6 +26,23 @@ __device__ __forceinline__ void add_elements(float (&sum)[8], const uint4& piece
   }
 }
 
+/// The eight elements of `piece`.
+template <class Element>
+__device__ __forceinline__ void unpack(const uint4& piece, float (&numbers)[8]) {
+  const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    float2 pair;
+    if constexpr (std::is_same_v<Element, __half>) {
+      pair = __half22float2(*reinterpret_cast<const __half2*>(words + i));
+    } else {
+      pair = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(words + i));
+    }
+    numbers[2 * i] = pair.x;
+    numbers[2 * i + 1] = pair.y;
+  }
+}
+
 /// The piece of eight elements nearest to `values`.
 template <class Element>
 __device__ __forceinline__ uint4 round_elements(const float (&values)[8]) {

@@ -6,31 +6,13 @@
 
 #include "common/cpu/work.h"
 #include "shadow/cpu/e4m3.h"
+#include "shadow/cpu/numbers.h"
 #include "sparseattn/shadow.h"
 
 namespace sparseattn::cpu {
 namespace {
 
 constexpr int32_t kRowsOfItem = 256;
-
-float load(const void* row, int64_t i, DType dtype) {
-  if (dtype == DType::kFloat32) return static_cast<const float*>(row)[i];
-  const uint32_t bits = uint32_t{static_cast<const uint16_t*>(row)[i]} << 16;
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-void save(void* row, int64_t i, DType dtype, float x) {
-  if (dtype == DType::kFloat32) {
-    static_cast<float*>(row)[i] = x;
-    return;
-  }
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  bits = x == x ? bits + 0x7fffu + (bits >> 16 & 1) : bits | 0x400000u;
-  static_cast<uint16_t*>(row)[i] = static_cast<uint16_t>(bits >> 16);
-}
 
 /// Row `row` of the store; x is its first row of x.
 void store_row(const StoreRows& p, int64_t sequence, int64_t head, int64_t row, const Rows& x) {

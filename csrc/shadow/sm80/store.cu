@@ -6,6 +6,7 @@
 // that are copied as they are and lie one after the other go there by the copy engine.
 #include <algorithm>
 
+#include "common/cuda/convert.cuh"
 #include "common/cuda/launch.h"
 #include "shadow/sm80/checks.h"
 #include "shadow/sm80/e4m3.cuh"
@@ -64,22 +65,6 @@ __global__ void __launch_bounds__(kStoreThreads)
 }
 
 template <class Element>
-__device__ __forceinline__ void unpack(const uint4& piece, float (&numbers)[8]) {
-  const uint32_t words[4] = {piece.x, piece.y, piece.z, piece.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    float2 pair;
-    if constexpr (std::is_same_v<Element, __half>) {
-      pair = __half22float2(*reinterpret_cast<const __half2*>(words + i));
-    } else {
-      pair = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(words + i));
-    }
-    numbers[2 * i] = pair.x;
-    numbers[2 * i + 1] = pair.y;
-  }
-}
-
-template <class Element>
 __global__ void __launch_bounds__(kStoreThreads)
     store_quantised_kernel(const __grid_constant__ StoreRows in, unsigned char* store) {
   const int lane = threadIdx.x % 32;
@@ -88,7 +73,7 @@ __global__ void __launch_bounds__(kStoreThreads)
     float numbers[8];
     float largest = 0.0f;
     for (int i = lane; i < pieces.count; i += 32) {
-      unpack<Element>(pieces[i], numbers);
+      cuda::unpack<Element>(pieces[i], numbers);
 #pragma unroll
       for (int j = 0; j < 8; ++j) largest = fmaxf(largest, fabsf(numbers[j]));  // drops NaN
     }
@@ -98,7 +83,7 @@ __global__ void __launch_bounds__(kStoreThreads)
     if (lane == 0) in.scales.of_head(sequence, head)[in.first + row] = scale;
     auto* to = reinterpret_cast<uint2*>(store + store_offset(in, sequence, head, row));
     for (int i = lane; i < pieces.count; i += 32) {
-      unpack<Element>(pieces[i], numbers);
+      cuda::unpack<Element>(pieces[i], numbers);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         if (scale > 0.0f) numbers[j] = __fdiv_rn(numbers[j], scale);
