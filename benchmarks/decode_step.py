@@ -248,9 +248,15 @@ def compression_rows(run: Run, shape: Shape, tokens: int, seed: int) -> Iterator
     def outliers() -> Tensor:
         return shadow.shadow_outliers(cosine, count=setting.outliers, sink_chunks=setting.sinks)
 
+    flat = torch.empty(1, tokens, heads, dim, dtype=k.dtype, device=device)
+    inv_freq = 1e4 ** -(torch.arange(0, dim, 2, device=device) / dim)
     sums()
     found = basis()
     cases: list[tuple[str, Call]] = [
+        (
+            "compress: undo RoPE (not in the whole)",
+            lambda: shadow.shadow_undo_rope_(k, flat, inv_freq, found[1]),
+        ),
         ("compress: gram", sums),
         ("compress: basis (eigh)", basis),
         ("compress: project", lambda: shadow.shadow_project(k, *found, out=factor)),

@@ -91,6 +91,14 @@ def run_shadow(device: str, dtype: torch.dtype, dim: int, rank: int) -> None:
     total = torch.zeros(batch, width, dtype=torch.float64, device=device)
     count = torch.zeros(batch, dtype=torch.int64, device=device)
     lens = torch.tensor([rows, rows - 77]).to(device)
+    for pairs, interleaved in ((dim // 2, False), (dim // 4, True), (dim // 8 + 1, False)):
+        frequencies = torch.rand(pairs, generator=gen).to(device)
+        before = torch.zeros(batch, 37, heads, dim, dtype=dtype, device=device)
+        for offset in (None, randn(batch, heads, dim).float()):
+            how = {"first": 1_000_000, "interleaved": interleaved, "rope_scale": 1.3}
+            shadow.shadow_undo_rope_(k[:, :, 5:42], before, frequencies, offset, **how)
+            assert before.isfinite().all()
+    shadow.shadow_gram_(before.transpose(1, 2), gram, total, count)
     shadow.shadow_gram_(k, gram, total, count, kv_lens=lens)
     landmarks = torch.zeros(batch, heads, chunks, dim, dtype=dtype, device=device)
     cosine = torch.zeros(batch, heads, chunks, device=device)

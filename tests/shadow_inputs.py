@@ -13,6 +13,7 @@ from torch import Tensor
 from sparseattn import reference
 
 OPS = [
+    "shadow_undo_rope_",
     "shadow_gram_",
     "shadow_landmarks_",
     "shadow_outliers",

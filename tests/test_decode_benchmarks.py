@@ -67,7 +67,7 @@ def test_step_smoke(script, tmp_path, capsys):
                 if row["case"].startswith("step") and "ms" in row:
                     assert row["times_faster_than_dense"] > 0
     compress = {row["case"] for row in rows if row["case"].startswith("compress")}
-    assert len(compress) == 6 and "compress, whole" in compress
+    assert len(compress) == 7 and "compress, whole" in compress
     assert record["judged"] == []  # bars are for 122K
     draw(script, path)
 

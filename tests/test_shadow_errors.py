@@ -49,6 +49,32 @@ def no_rows(x):
 
 
 DAMAGE = {  # op: (argument, what is done to it), the argument also being the one that is named
+    "shadow_undo_rope_": [
+        ("k", lambda x: x[0]),
+        ("k", lambda x: x.double()),
+        ("k", lambda x: x[..., :40]),
+        ("k", strided),
+        ("out", lambda x: x[0]),
+        ("out", lambda x: x.double()),
+        ("out", lambda x: x[:, :-1]),
+        ("out", lambda x: x.transpose(1, 2)),
+        ("out", strided),
+        ("inv_freq", lambda x: x.double()),
+        ("inv_freq", lambda x: torch.cat([x, x])),
+        ("inv_freq", lambda x: x[None]),
+        ("inv_freq", lambda x: torch.stack([x, x], 1)[:, 0]),
+        ("mean", lambda x: x.double()),
+        ("mean", short),
+        ("mean", strided),
+        ("mean", one_sequence),
+        ("first", lambda x: -1),
+        ("first", lambda x: 2**31 - 100),
+        ("first", lambda x: 2**40),
+        ("rope_scale", lambda x: float("inf")),
+        ("rope_scale", lambda x: float("nan")),
+        ("rope_scale", lambda x: 0.0),
+        ("rope_scale", lambda x: 1e-60),
+    ],
     "shadow_gram_": [
         ("k", lambda x: x[0]),
         ("k", lambda x: x.double()),
@@ -239,6 +265,7 @@ def test_refused(op, case, main_place):
 
 
 WRONG_TYPES = {
+    "shadow_undo_rope_": [("out", None), ("inv_freq", None), ("mean", 0.0), ("first", 0.5)],
     "shadow_gram_": [("gram", None), ("k", 1.0)],
     "shadow_landmarks_": [("chunk", 8.5), ("landmarks", None)],
     "shadow_outliers": [("count", "all"), ("min_cosine", None)],

@@ -12,6 +12,8 @@ from sparseattn import shadow
 LOW_RANK = "Tensor? mean=None, Tensor? inv_freq=None, *, "
 ROPE = "bool interleaved=False, float rope_scale=1., "
 SCHEMAS = {
+    "shadow_undo_rope_": "(Tensor k, Tensor(a!) out, Tensor inv_freq, Tensor? mean=None, *, "
+    "int first=0, bool interleaved=False, float rope_scale=1.) -> ()",
     "shadow_gram_": "(Tensor k, Tensor(a!) gram, Tensor(b!) total, Tensor(c!) count, *, "
     "Tensor? kv_lens=None) -> ()",
     "shadow_landmarks_": "(Tensor k, Tensor(a!) landmarks, Tensor(b!)? min_cosine=None, *, "
@@ -46,6 +48,10 @@ def inputs(op: str, place: Place) -> tuple[tuple, dict]:
     q_lens = torch.tensor([2, 1], device=device)
     cosines = torch.rand(2, 2, CHUNKS, generator=generator(4)).to(device)
     low_rank = tuple(full[x] for x in ("factor", "basis", "mean", "inv_freq"))
+    rope = {"interleaved": True, "rope_scale": 1.1}
+    if op == "shadow_undo_rope_":
+        out = torch.zeros(2, 100, 2, 64, device=device, dtype=place.dtype)
+        return (k, out, full["inv_freq"], full["mean"]), rope | {"first": 37}
     if op == "shadow_gram_":
         sums = [torch.zeros(2, *x, device=device).double() for x in ((128, 128), (128,))]
         return (k, *sums, torch.zeros(2, dtype=torch.int64, device=device)), {"kv_lens": lens}
@@ -69,7 +75,6 @@ def inputs(op: str, place: Place) -> tuple[tuple, dict]:
         store = randn(2, 2, CHUNKS, 8 * 64, place=place, seed=2)
         counts = torch.ones(2, 2, dtype=torch.int32, device=device)
         return (store, torch.zeros_like(store[:, :, :9]).clone(), misses, counts), {}
-    rope = {"interleaved": True, "rope_scale": 1.1}
     if op == "lowrank_reconstruct":
         return (full["selected"], *low_rank), rope | {"chunk": 8}
     first = tuple(full[x] for x in ("q", "k", "v", "selected", "slot_of", "values"))
@@ -135,7 +140,7 @@ def step(q, k, v, landmarks, table, used, store, values, factor, basis, mean, in
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_fullgraph(dynamic, main_place):
-    needs(main_place, *OPS[3:5], "gather_values_", "shadow_attention")
+    needs(main_place, "shadow_select", "shadow_plan_", "gather_values_", "shadow_attention")
     place = main_place
     full = make_attention(SIZES, place)
     store = randn(2, 2, CHUNKS, 8 * 64, place=place, seed=2)

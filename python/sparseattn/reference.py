@@ -53,6 +53,7 @@ from sparseattn.reference_shadow import (  # noqa: F401  (names of this module)
     shadow_plan,
     shadow_scores,
     shadow_select,
+    shadow_undo_rope,
 )
 
 TILE = 64  # query rows that share the cover of an offset

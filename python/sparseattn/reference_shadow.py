@@ -155,6 +155,24 @@ def rope(
     return torch.cat([turned, rest], -1)
 
 
+def shadow_undo_rope(
+    k: Tensor,
+    inv_freq: Tensor,
+    mean: Tensor | None = None,
+    *,
+    first: int = 0,
+    interleaved: bool = False,
+    rope_scale: float = 1.0,
+) -> Tensor:
+    """Keys before RoPE, turned back, less the mean, heads side by side: fp64 [B, rows, Hkv, D]."""
+    positions = torch.arange(first, first + k.shape[2], device=k.device)
+    options = {"interleaved": interleaved, "rope_scale": 1 / rope_scale}
+    keys = rope(k, -positions, inv_freq, **options)
+    if mean is not None:
+        keys = keys - mean.double().unsqueeze(2)
+    return keys.transpose(1, 2)
+
+
 def lowrank_keys(
     factor: Tensor,
     basis: Tensor,

@@ -1,4 +1,4 @@
-"""Rotary position embedding of a transformers config: frequencies, layout, and its inverse."""
+"""Rotary position embedding of a transformers config: frequencies, layout, scale."""
 
 from __future__ import annotations
 
@@ -44,19 +44,3 @@ class Rope:
             return cls(1.0 / parameters["rope_theta"] ** exponents, interleaved)
         inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](config, None, seq_len=tokens)
         return cls(inv_freq.float(), interleaved, float(scale))
-
-    def undo(self, x: Tensor, first: int) -> Tensor:
-        """fp32 ``[..., rows, D]`` before the embedding, of rows at positions from first on."""
-        x = x.float()
-        half = self.inv_freq.numel()
-        positions = torch.arange(first, first + x.shape[-2], device=x.device).float()
-        angles = positions[:, None] * self.inv_freq.to(x.device)
-        cos, sin = angles.cos() / self.scale, angles.sin() / self.scale
-        turned, rest = x[..., : 2 * half], x[..., 2 * half :]
-        if self.interleaved:
-            a, b = turned[..., 0::2], turned[..., 1::2]
-            pairs = torch.stack((a * cos + b * sin, b * cos - a * sin), dim=-1).flatten(-2)
-        else:
-            a, b = turned[..., :half], turned[..., half:]
-            pairs = torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
-        return torch.cat((pairs, rest), dim=-1)

@@ -12,6 +12,8 @@ where there is nothing. A name that ends in ``_`` writes its arguments in place.
 
 The order of calls, for every layer::
 
+    shadow_undo_rope_(k_rotated, flat, inv_freq)     # where there are no keys before RoPE
+    k = flat.transpose(1, 2)
     shadow_gram_(k, gram, total, count)              # before RoPE, in pieces of any length
     basis, mean = shadow_basis(gram, total, count, rank=160)
     factor = shadow_project(k, basis, mean)
@@ -24,6 +26,10 @@ The order of calls, for every layer::
     gather_values_(store, values, misses, miss_count)
     out = shadow_attention(q, k_exact, v_exact, selected, slot_of, values, factor, basis, mean,
                            inv_freq)
+
+A long prompt comes in pieces of tokens, ``first`` telling where one starts; with its mean
+:func:`shadow_undo_rope_` gives at once what :func:`shadow_project` multiplies,
+``flat.flatten(2) @ basis.transpose(1, 2).flatten(2).mT``: ``flat`` is all the memory needed then.
 
 With a store on the device that is all in reach there is nothing to plan or gather: the store is
 ``values`` and ``selected`` its own ``slot_of``.
@@ -47,6 +53,40 @@ import torch
 from torch import Tensor
 
 from .ops import _call, _ops, _result
+
+
+def shadow_undo_rope_(
+    k: Tensor,
+    out: Tensor,
+    inv_freq: Tensor,
+    mean: Tensor | None = None,
+    *,
+    first: int = 0,
+    interleaved: bool = False,
+    rope_scale: float = 1.0,
+) -> None:
+    """Keys before RoPE, heads side by side, from keys after it: the inverse of what
+    :func:`lowrank_reconstruct` does to rebuilt keys.
+
+    ``k [batch, kv_heads, rows, head_dim]``, row ``n`` at position ``first + n`` (below 2^31); in
+    place ``out [batch, rows, kv_heads, head_dim]`` of its dtype and in other memory, so that
+    ``out.flatten(2)`` has rows of ``width`` and ``out.transpose(1, 2)`` is what
+    :func:`shadow_gram_` takes. Of a pair ``(a, b)``, turned by the angle ``position * inv_freq[i]``
+    (both fp32, and so is the product), become ``(a cos + b sin, b cos - a sin) / rope_scale``; dims
+    from ``2 * len(inv_freq)`` on are copied. Then ``mean [batch, kv_heads, head_dim]`` fp32, where
+    it is given, is subtracted. All in fp32, rounded once; sines and cosines are accurate at any
+    position. ``interleaved`` and ``rope_scale``, which is not 0, as in :func:`lowrank_reconstruct`.
+    """
+    _call(
+        _ops.shadow_undo_rope_,
+        k,
+        out,
+        inv_freq,
+        mean,
+        first=first,
+        interleaved=interleaved,
+        rope_scale=rope_scale,
+    )
 
 
 def shadow_gram_(

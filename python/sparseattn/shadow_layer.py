@@ -12,6 +12,7 @@ All sequences of a batch have the same length. Short texts are kept as they are 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,8 @@ from sparseattn.shadow_rows import Rows, StoredRows, allocate
 #: Types of devices that have all operators of a compressed layer.
 DEVICES = ("cpu", "cuda")
 
-_SLICE = 8192  # tokens whose fp32 copies exist at a time
+_SLICE = 32768  # tokens, of all sequences together, whose keys before RoPE exist at a time
+_SLICE_STEP = 256  # slices are multiples of it: shadow_gram_ sums as many products at a time
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,23 @@ class ShadowState:
             options.store == "auto"
             and not _fits(values[:, :, :count], 1 if options.quantise_values else None)
         )
+        rank = self.basis.shape[2]
+        self.factor = StoredRows(
+            "the keys' factor",
+            keys.new_empty(batch, 1, 0, rank),
+            group=1,
+            quantised=options.quantise_factor,
+        )
+        self.landmarks = Rows("landmarks", keys[:, :, :0])
+        excluded = torch.empty(batch, heads, 0, 1, dtype=torch.bool, device=keys.device)
+        self.excluded = Rows("the list of exact chunks", excluded)
+        self.store = StoredRows(
+            "values",
+            values[:, :, :0],
+            group=chunk,
+            quantised=options.quantise_values,
+            host=self.host,
+        )
         cosine = self._add_chunks(keys[:, :, :count], values[:, :, :count])
         self._keep_exact(keys, values, cosine, count)
         slots = (batch, heads, options.slots)
@@ -106,62 +125,70 @@ class ShadowState:
 
     def _find_basis(self, keys: Tensor) -> None:
         """basis [B, Hkv, rank, D] and mean [B, Hkv, D] of the keys before RoPE."""
-        batch, heads, tokens, dim = keys.shape
+        batch, heads, _, dim = keys.shape
         width = heads * dim
         rank = min(self.options.rank, width)
         place = {"dtype": torch.float64, "device": keys.device}
         gram, total = torch.zeros(batch, width, width, **place), torch.zeros(batch, width, **place)
         counted = torch.zeros(batch, dtype=torch.int64, device=keys.device)
-        for first in range(0, tokens, _SLICE):
-            part = self.rope.undo(keys[:, :, first : first + _SLICE], first).to(keys.dtype)
-            shadow.shadow_gram_(part, gram, total, counted)
+        for _, part in self._before_rope(keys, 0):
+            shadow.shadow_gram_(part.transpose(1, 2), gram, total, counted)
         self.basis, self.mean = shadow.shadow_basis(
             gram, total, counted, rank=rank, kv_heads=heads, dtype=keys.dtype
         )
 
-    def _factor_of(self, keys: Tensor, first: int) -> Tensor:
-        """Rows [B, 1, n, rank] of the factor for keys after RoPE."""
-        rows = self.rope.undo(keys, first)
-        return shadow.shadow_project(rows, self.basis, self.mean)[:, None]
+    def _before_rope(
+        self, keys: Tensor, first: int, mean: Tensor | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Keys after RoPE, of tokens from ``first`` on, before it and less the mean, in slices: the
+        row that one starts at and its ``[B, n, Hkv, D]``, in memory that the next one takes."""
+        batch, heads, tokens, dim = keys.shape
+        size = max(_SLICE // batch // _SLICE_STEP * _SLICE_STEP, _SLICE_STEP)
+        shape = (batch, min(tokens, size), heads, dim)
+        buffer = allocate("a slice of keys before RoPE", shape, keys)
+        for at in range(0, tokens, size):
+            part = keys[:, :, at : at + size]
+            out = buffer[:, : part.shape[2]]
+            shadow.shadow_undo_rope_(
+                part,
+                out,
+                self.inv_freq,
+                mean,
+                first=first + at,
+                interleaved=self.rope.interleaved,
+                rope_scale=self.rope.scale,
+            )
+            yield at, out
+
+    def _write_factor(self, keys: Tensor, first: int) -> None:
+        """Writes the rows of keys after RoPE behind those that the factor has."""
+        basis = self.basis.transpose(1, 2).flatten(2).mT  # [B, width, rank]
+        room = self.factor.spare(keys.shape[2])
+        for at, part in self._before_rope(keys, first, self.mean):
+            part = part.flatten(2)
+            if self.options.quantise_factor:
+                self.factor.write(torch.bmm(part, basis)[:, None], at)
+            else:
+                torch.bmm(part, basis, out=room[:, 0, at : at + part.shape[1]])
 
     def _add_chunks(self, keys: Tensor, values: Tensor) -> Tensor:
         """Appends whole chunks of tokens, the next ones; returns their smallest cosines."""
-        batch, heads, tokens, dim = keys.shape
+        batch, heads, tokens, _ = keys.shape
         chunk = self.options.chunk
         first, count = self.chunks * chunk, tokens // chunk
-        landmarks = torch.empty(batch, heads, count, dim, dtype=keys.dtype, device=keys.device)
         cosine = torch.empty(batch, heads, count, dtype=torch.float32, device=keys.device)
-        shadow.shadow_landmarks_(keys, landmarks, cosine, chunk=chunk)
-        parts = [
-            self._factor_of(keys[:, :, at : at + _SLICE], first + at)
-            for at in range(0, tokens, _SLICE)
-        ]
-        factor = torch.cat(parts, dim=2)
-        excluded = torch.zeros(batch, heads, count, 1, dtype=torch.bool, device=keys.device)
-        if self.chunks == 0:
-            self.factor = StoredRows(
-                "the keys' factor", factor, group=1, quantised=self.options.quantise_factor
-            )
-            self.landmarks = Rows("landmarks", landmarks)
-            self.excluded = Rows("the list of exact chunks", excluded)
-            self.store = StoredRows(
-                "values",
-                values,
-                group=chunk,
-                quantised=self.options.quantise_values,
-                host=self.host,
-            )
-        else:
-            # Reserved before any of them is changed: running out of memory changes nothing.
-            total = self.chunks + count
-            self.factor.reserve(first + tokens, factor)
-            self.landmarks.reserve(total, landmarks)
-            self.excluded.reserve(total, excluded)
-            self.store.reserve(total, values)
-            self.factor.append(factor)
-            self.landmarks.append(landmarks)
-            self.excluded.append(excluded)
-            self.store.append(values)
+        # Reserved before any of them is written, and counted when all are: running out of memory
+        # changes nothing.
+        self.factor.reserve(first + tokens, self.factor.data)
+        for rows in (self.landmarks, self.excluded, self.store):
+            rows.reserve(self.chunks + count, rows.data)
+        self._write_factor(keys, first)
+        shadow.shadow_landmarks_(keys, self.landmarks.spare(count), cosine, chunk=chunk)
+        self.excluded.spare(count).zero_()
+        self.store.write(values, 0)
+        self.factor.extend(tokens)
+        for rows in (self.landmarks, self.excluded, self.store):
+            rows.extend(count)
         self.chunks += count
         return cosine
 
@@ -174,12 +201,17 @@ class ShadowState:
         self.excluded.rows[..., 0] = shadow.chunk_mask(self.outliers, self.chunks)
         self.first = count * options.chunk  # row of the tail's first token
 
-        def exact(x: Tensor) -> Tensor:
-            rows = shadow.chunk_rows(x, self.outliers, chunk=options.chunk)
-            return torch.cat((rows, x[:, :, compressed:]), dim=2)
+        def exact(what: str, x: Tensor) -> Rows:
+            kept = shadow.chunk_rows(x, self.outliers, chunk=options.chunk)
+            tail = x[:, :, compressed:]
+            rows = Rows(what, x[:, :, :0])
+            rows.reserve(kept.shape[2] + tail.shape[2], x)
+            rows.append(kept)
+            rows.append(tail)
+            return rows
 
-        self.keys = Rows("exact keys", exact(keys))
-        self.values = Rows("exact values", exact(values))
+        self.keys = exact("exact keys", keys)
+        self.values = exact("exact values", values)
 
     # --- growth --------------------------------------------------------------------------------
 

@@ -50,10 +50,18 @@ class Rows:
         self.data = grown
 
     def append(self, rows: Tensor) -> None:
-        length = self.length + rows.shape[2]
-        self.reserve(length, rows)
-        self.data[:, :, self.length : length] = rows
-        self.length = length
+        count = rows.shape[2]
+        self.reserve(self.length + count, rows)
+        self.spare(count).copy_(rows)
+        self.extend(count)
+
+    def spare(self, count: int) -> Tensor:
+        """The next ``count`` rows, which are reserved: to be written, then :meth:`extend` counts
+        them."""
+        return self.data[:, :, self.length : self.length + count]
+
+    def extend(self, count: int) -> None:
+        self.length += count
 
     def drop(self, first: int, count: int) -> None:
         """Removes rows [first, first + count)."""
@@ -79,7 +87,7 @@ class StoredRows(Rows):
     """
 
     def __init__(self, what: str, x: Tensor, *, group: int, quantised: bool, host: bool = False):
-        """x: the first rows, [B, H, n * group, D]."""
+        """x: the first rows, [B, H, n * group, D]; there may be none."""
         self.what, self.group = what, group
         self.dtype, self.device = x.dtype, x.device
         self.length = 0
@@ -89,7 +97,8 @@ class StoredRows(Rows):
         self.scales: Tensor | None = None
         if quantised:
             self.scales = torch.empty(*x.shape[:2], 0, dtype=torch.float32, device=x.device)
-        self.append(x)
+        if x.shape[2] > 0:
+            self.append(x)
 
     @property
     def scale_rows(self) -> Tensor | None:
@@ -100,10 +109,15 @@ class StoredRows(Rows):
             self._replace(range(self.data.shape[0]), room_for(length))
 
     def append(self, x: Tensor) -> None:
-        length = self.length + x.shape[2] // self.group
-        self.reserve(length, x)
-        shadow.store_rows_(x, self.data, self.scales, first=self.length)
-        self.length = length
+        count = x.shape[2] // self.group
+        self.reserve(self.length + count, x)
+        self.write(x, 0)
+        self.extend(count)
+
+    def write(self, x: Tensor, at: int) -> None:
+        """x becomes the rows from the ``at``-th spare one on, which are reserved; :meth:`extend`
+        counts them."""
+        shadow.store_rows_(x, self.data, self.scales, first=self.length + at)
 
     def drop(self, first: int, count: int) -> None:
         raise NotImplementedError(f"{self.what}: stored rows are not dropped")
