@@ -147,6 +147,7 @@ class HostPool:
         self.nbytes = 0
         try:
             self.module = importlib.import_module("sparseattn.shadow_rows")
+            self.allocate = self.module.HostMemory  # its own, also while it lends
         except ModuleNotFoundError:
             self.module = None
 
@@ -167,7 +168,7 @@ class HostPool:
                 self.nbytes -= piece.nbytes
                 piece.free()
         for _ in range(missing):
-            self.pieces.append(self.module.HostMemory(nbytes, self.device))
+            self.pieces.append(self.allocate(nbytes, self.device))
             self.nbytes += nbytes
         return time.perf_counter() - start
 
@@ -176,12 +177,11 @@ class HostPool:
         if self.module is None:
             yield
             return
-        own = self.module.HostMemory
 
         def lend(nbytes: int, device: torch.device) -> Any:
             fitting = [piece for piece in self.pieces if piece.nbytes >= nbytes > 0]
             if not fitting:
-                return own(nbytes, device)
+                return self.allocate(nbytes, device)
             piece = min(fitting, key=lambda x: x.nbytes)
             self.pieces.remove(piece)
             return _Lent(self.pieces, piece)
@@ -190,7 +190,7 @@ class HostPool:
         try:
             yield
         finally:
-            self.module.HostMemory = own
+            self.module.HostMemory = self.allocate
 
     def free(self) -> None:
         for piece in self.pieces:

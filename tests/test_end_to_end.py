@@ -140,8 +140,11 @@ def test_pool_lends_its_memory_and_gets_it_back(script, monkeypatch):
         HostMemory = Memory
 
     pool = runs.HostPool(torch.device("cpu"))
-    pool.module = Module
-    pool.reserve(2, 100)
+    pool.module, pool.allocate = Module, Module.HostMemory
+    with pool.lending():
+        pool.reserve(2, 100)  # of its own, not lent
+    assert len({id(piece) for piece in pool.pieces}) == 2
+    assert all(isinstance(piece, pool.allocate) for piece in pool.pieces)
     assert pool.nbytes == 200 and pool.reserve(2, 90) >= 0 and pool.nbytes == 200
     with pool.lending():
         assert Module.HostMemory(0, None).nbytes == 0 and len(pool.pieces) == 2

@@ -185,6 +185,9 @@ def test_nobody_waits_but_who_frees(quantised):
     count = torch.full((2, 3), 80, dtype=torch.int32, device="cuda")
     more = source.unflatten(3, (4, 16)).flatten(2, 3)
     done = torch.cuda.Event()
+    # Before the device sleeps: kernels are loaded when they are first used, which may wait for it.
+    shadow.gather_values_(rows.rows, values, pairs, count, store_scale=rows.scale_rows)
+    torch.cuda.synchronize()
     torch.cuda._sleep(1_000_000_000)
     rows.append(more)
     shadow.gather_values_(rows.rows, values, pairs, count, store_scale=rows.scale_rows)

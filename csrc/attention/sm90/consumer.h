@@ -27,7 +27,7 @@ class Consumer {
         thread_(thread),
         scale_log2_(params.scale * 1.4426950408889634f) {}
 
-  __device__ void run() {
+  __device__ __forceinline__ void run() {
     if (index_ == 0) pass_turn();  // the second comes first
     next_tile();
     if (!stops()) {
@@ -110,33 +110,60 @@ class Consumer {
         at_.advance();
         continue;
       }
-      do {
-        smem_.keys_full[at_.index].wait(at_.parity);
-        word = read_word();
-        take_turn();
-        issue_scores(scores);
-        smem_.values_full[before.index].wait(before.parity);
-        issue_output(before, probabilities);
-        pass_turn();
-        // The products of this consumer end one after the other, the scores first.
-        cute::warpgroup_wait<1>();
-        finish_scores(word, scores, tile());
+      // The same twice, but for what is rare: plain steps are one stretch of code.
+      for (;;) {
+        if (step(scores, probabilities, before, word)) {
+          release_keys(word);
+          softmax_.template exponentiate<0>(scores, scale_log2_);
+          stay_ahead();
+          finish_output(before);
+          before = at_;
+          at_.advance();
+          // Here, and not where both ways through the loop meet: the way back would be longer.
+          asm volatile("" : "+r"(at_.index), "+r"(at_.parity));
+          softmax_.template exponentiate<1>(scores, scale_log2_);
+          softmax_.add(scores);
+          pack(scores, probabilities);
+          if (word.has(PairWord::kNext)) continue;
+          break;
+        }
+        if (word.has(PairWord::kMask * 3)) mask(word, scores, tile());
+        release_keys(word);
         float rescale[2];
-        const bool moved = softmax_.shift(scores, scale_log2_, rescale);
-        softmax_.exponentiate(scores);
-        stay_ahead(scores);
+        const bool moved = softmax_.follow(scores, scale_log2_, rescale);
+        softmax_.template exponentiate<0>(scores, scale_log2_);
+        stay_ahead();
         finish_output(before);
-        if (moved) scale_output(rescale);
-        softmax_.add(scores);
-        pack(scores, probabilities);
         before = at_;
         at_.advance();
-      } while (word.has(PairWord::kNext));
+        if (moved) scale_output(rescale);
+        softmax_.template exponentiate<1>(scores, scale_log2_);
+        softmax_.add(scores);
+        pack(scores, probabilities);
+        if (!word.has(PairWord::kNext)) break;
+      }
     }
     if (word.has(PairWord::kEven)) {
       take_turn();
       pass_turn();
     }
+  }
+
+  /// Issues the products of a step, scores and the output of the step before, and waits for the
+  /// scores. Whether they need neither masks nor, as far as it knows, other references.
+  __device__ __forceinline__ bool step(Scores& scores, const Probabilities& probabilities,
+                                       Stage before, PairWord& word) {
+    smem_.keys_full[at_.index].wait(at_.parity);
+    word = read_word();
+    take_turn();
+    issue_scores(scores);
+    smem_.values_full[before.index].wait(before.parity);
+    issue_output(before, probabilities);
+    pass_turn();
+    // The products of this consumer end one after the other, the scores first.
+    cute::warpgroup_wait<1>();
+    cute::warpgroup_fence_operand(scores);
+    return !softmax_.exceeded_by(scores, word.has(PairWord::kMask * 3));
   }
 
   /// Stores the tile and goes to the next one; false: there is none. If it begins with a step of
@@ -213,19 +240,22 @@ class Consumer {
   /// The scores of a step with no output pending have arrived.
   __device__ __forceinline__ void begin_steps(PairWord word, Scores& scores,
                                               Probabilities& probabilities) {
-    finish_scores(word, scores, tile());
+    cute::warpgroup_fence_operand(scores);
+    if (word.has(PairWord::kMask * 3)) mask(word, scores, tile());
+    release_keys(word);
     float rescale[2];
-    if (softmax_.shift(scores, scale_log2_, rescale)) scale_output(rescale);
-    softmax_.exponentiate(scores);
+    if (softmax_.follow(scores, scale_log2_, rescale)) scale_output(rescale);
+    softmax_.template exponentiate<0>(scores, scale_log2_);
+    softmax_.template exponentiate<1>(scores, scale_log2_);
     softmax_.add(scores);
     pack(scores, probabilities);
   }
 
-  /// Keeps the assembler from moving the exponentials behind the wait that follows: a loop that is
-  /// never entered, since none is negative, but that ends a block.
-  static __device__ __forceinline__ void stay_ahead(const Scores& probabilities) {
-    constexpr int kLast = decltype(cute::size(probabilities))::value - 1;
-    if (probabilities(kLast) < 0.f || probabilities(kLast - 1) < 0.f) {
+  /// Keeps the assembler from moving what comes before behind what comes after: a loop that is
+  /// never entered, but that ends a block. The condition is the same for all threads, which it
+  /// knows.
+  __device__ __forceinline__ void stay_ahead() const {
+    if (params_.shape.q_len < 0) {
       uint32_t clock;
       do {
         asm volatile("mov.u32 %0, %%clock;" : "=r"(clock));
@@ -244,17 +274,19 @@ class Consumer {
     for (int i = 0; i < cute::size(output_); ++i) output_(i) *= rescale[i / 2 % 2];
   }
 
-  /// Scores have arrived: masks them and lets the keys go, and after the last the queries.
-  __device__ __forceinline__ void finish_scores(PairWord word, Scores& scores, const Tile& tile) {
-    cute::warpgroup_fence_operand(scores);
-    if (__builtin_expect(word.has(PairWord::kMask * 3), false)) {
-      const Box(&boxes)[2] = smem_.stages[at_.index].boxes;
-      if (word.has(PairWord::kMask)) mask<0>(scores, boxes[0], tile);
-      if (word.has(PairWord::kMask << 1)) mask<1>(scores, boxes[1], tile);
-      __syncwarp();
-    }
+  /// Scores have arrived, and those that nobody sees are gone: lets the keys go, and after the last
+  /// the queries.
+  __device__ __forceinline__ void release_keys(PairWord word) {
     release(smem_.keys_free[at_.index]);
     if (word.has(PairWord::kEnd)) release(smem_.query_free);
+  }
+
+  /// Sets the invisible scores of the step to -inf.
+  __device__ __forceinline__ void mask(PairWord word, Scores& scores, const Tile& tile) {
+    const Box(&boxes)[2] = smem_.stages[at_.index].boxes;
+    if (word.has(PairWord::kMask)) mask<0>(scores, boxes[0], tile);
+    if (word.has(PairWord::kMask << 1)) mask<1>(scores, boxes[1], tile);
+    __syncwarp();
   }
 
   /// The output has arrived: lets the values go.

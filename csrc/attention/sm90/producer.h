@@ -170,16 +170,18 @@ class Loader {
         if (strangers != 0) free.arrive(strangers * kConsumerWarps * kArrivingLanes);
       }
       full.arrive_expect(copied * Traits::kBoxBytes);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (!(boxes[i].flags & Box::kRagged)) load(stage, i, boxes[i], full);
-      }
+    }
+    __syncwarp();
+    // A lane for each piece of each box.
+    const int i = lane_ / Traits::kPieces;
+    if (i < 2 && !(boxes[i].flags & Box::kRagged)) {
+      load(stage, i, lane_ % Traits::kPieces, boxes[i], full);
     }
     __syncwarp();
     at_.advance();
   }
 
-  __device__ __forceinline__ void load(Element* stage, int i, const Box& box,
+  __device__ __forceinline__ void load(Element* stage, int i, int piece, const Box& box,
                                        cuda::MBarrier& full) const {
     const bool packed = box.flags & Box::kPacked;
     const RowMap& rows = kKeys ? maps_.k : maps_.v;
@@ -187,11 +189,8 @@ class Loader {
     const int row = packed ? packed_row_ + box.start : box.start;
     const int head = packed ? 0 : kv_head_ * rows.head_step;
     const int sequence = packed ? 0 : sequence_ * rows.batch_step;
-#pragma unroll
-    for (int piece = 0; piece < Traits::kPieces; ++piece) {
-      load_piece(stage + (piece * kStageRows + i * kBoxRows) * Traits::kAtomCols, map, &full,
-                 cuda::L2Policy::kEvictLast, row, piece, head, sequence);
-    }
+    load_piece(stage + (piece * kStageRows + i * kBoxRows) * Traits::kAtomCols, map, &full,
+               cuda::L2Policy::kEvictLast, row, piece, head, sequence);
   }
 
   const AttentionParams& params_;

@@ -2,6 +2,7 @@
 // of two rows, lane / 4 and lane / 4 + 8 of its warp's 16.
 #pragma once
 
+#include <climits>
 #include <cmath>
 #include <cute/tensor.hpp>
 
@@ -18,100 +19,106 @@ __device__ __forceinline__ float quad_sum(float x) {
 ///
 /// Probabilities are relative to a reference, a maximum of earlier scores that may be behind by
 /// kSlack (base 2), so that it moves rarely and a step's maximum need not be known: it is enough
-/// that no exponent exceeds kSlack. As integers, floats above a positive one are those above it, so
+/// that no score exceeds a limit. As integers, floats above a positive one are those above it, so
 /// three of them are compared in one instruction.
 template <int kSlack>
 struct OnlineSoftmax {
   float reference[2];  // base 2, scaled; 0 as long as the row has seen nothing
+  float limit[2];      // of scores; -inf where their maximum must be known
   float sum[2];        // this thread's share, relative to the reference
   bool fresh[2];       // the row has seen nothing
 
   __device__ __forceinline__ void reset() {
     reference[0] = reference[1] = 0.f;
+    limit[0] = limit[1] = -INFINITY;
     sum[0] = sum[1] = 0.f;
     fresh[0] = fresh[1] = true;
   }
 
-  /// Turns scores into exponents of 2, in place. Whether a reference of the warp was moved; then
-  /// `rescale` receives the factors from the old references to the new ones, exactly 1 where one
-  /// stays. A row's reference depends on nothing but what the row sees.
+  /// Whether scores exceed what a reference of the warp allows, or `otherwise`, the same for all of
+  /// it.
   template <class Scores>
-  __device__ __forceinline__ bool shift(Scores& scores, float scale_log2, float (&rescale)[2]) {
+  __device__ __forceinline__ bool exceeded_by(const Scores& scores, bool otherwise) const {
     constexpr int kTiles = decltype(cute::size(scores))::value / 4;
-    int high[4] = {0, 0, 0, 0};
+    int least = otherwise ? INT_MAX : 0;
+    asm("" : "+r"(least));  // or the compiler branches on it
+    int high[2][2] = {{least, 0}, {0, 0}};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
-        float& a = scores(4 * n + 2 * row);
-        float& b = scores(4 * n + 2 * row + 1);
-        a = fmaf(a, scale_log2, -reference[row]);
-        b = fmaf(b, scale_log2, -reference[row]);
-        int& chain = high[2 * (n % 2) + row];
-        chain = max(chain, max(__float_as_int(a), __float_as_int(b)));
+        int& chain = high[row][n % 2];
+        chain = max(chain, max(__float_as_int(scores(4 * n + 2 * row)),
+                               __float_as_int(scores(4 * n + 2 * row + 1))));
       }
     }
-    const int top = max(max(high[0], high[1]), max(high[2], high[3]));
-    const bool moves = top > __float_as_int(static_cast<float>(kSlack)) || fresh[0] || fresh[1];
-    if (!__any_sync(~0u, moves)) return false;
-    move(scores, rescale);
-    return true;
+    const bool above = max(high[0][0], high[0][1]) > __float_as_int(limit[0]) ||
+                       max(high[1][0], high[1][1]) > __float_as_int(limit[1]);
+    return __any_sync(~0u, above);
   }
 
-  /// Turns exponents into probabilities, in place.
-  template <class Scores>
-  __device__ __forceinline__ void exponentiate(Scores& scores) const {
+  /// Turns the scores of one half into probabilities, in place.
+  template <int kHalf, class Scores>
+  __device__ __forceinline__ void exponentiate(Scores& scores, float scale_log2) const {
+    constexpr int kCount = decltype(cute::size(scores))::value / 2;
 #pragma unroll
-    for (int i = 0; i < cute::size(scores); ++i) scores(i) = cuda::exp2_approx(scores(i));
+    for (int i = kHalf * kCount; i < (kHalf + 1) * kCount; ++i) {
+      scores(i) = cuda::exp2_approx(fmaf(scores(i), scale_log2, -reference[i / 2 % 2]));
+    }
   }
 
-  /// Adds probabilities to the sums. Apart from the exponentials, whose pace an addition that has
-  /// to wait for one of them would disturb.
+  /// Adds probabilities to the sums.
   template <class Scores>
   __device__ __forceinline__ void add(const Scores& probabilities) {
-    constexpr int kTiles = decltype(cute::size(probabilities))::value / 4;
-    float total[2][4] = {};
+    float total[2][2] = {};
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        total[row][2 * (n % 2)] += probabilities(4 * n + 2 * row);
-        total[row][2 * (n % 2) + 1] += probabilities(4 * n + 2 * row + 1);
-      }
+    for (int i = 0; i < cute::size(probabilities); ++i) {
+      total[i / 2 % 2][i % 2] += probabilities(i);
     }
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      sum[row] += (total[row][0] + total[row][1]) + (total[row][2] + total[row][3]);
-    }
+    for (int row = 0; row < 2; ++row) sum[row] += total[row][0] + total[row][1];
+  }
+
+  /// Lets the references follow the scores, if they must: then `rescale` receives the factors from
+  /// the old ones to the new ones, exactly 1 where one stays. A row's reference depends on nothing
+  /// but what the row sees.
+  template <class Scores>
+  __device__ __forceinline__ bool follow(const Scores& scores, float scale_log2,
+                                         float (&rescale)[2]) {
+    if (!exceeded_by(scores, false)) return false;
+    move(scores, scale_log2, rescale);
+    return true;
   }
 
  private:
   template <class Scores>
-  __device__ __forceinline__ void move(Scores& exponents, float (&rescale)[2]) {
-    constexpr int kTiles = decltype(cute::size(exponents))::value / 4;
+  __device__ __forceinline__ void move(const Scores& scores, float scale_log2,
+                                       float (&rescale)[2]) {
+    constexpr int kTiles = decltype(cute::size(scores))::value / 4;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      float top = -INFINITY;
+      float high = -INFINITY, top = -INFINITY;  // of scores, and of exponents
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        top = fmaxf(top, fmaxf(exponents(4 * n + 2 * row), exponents(4 * n + 2 * row + 1)));
+        const float a = scores(4 * n + 2 * row), b = scores(4 * n + 2 * row + 1);
+        high = fmaxf(high, fmaxf(a, b));
+        top = fmaxf(top, fmaxf(a * scale_log2, b * scale_log2));
       }
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+#pragma unroll
+      for (int lanes = 2; lanes >= 1; lanes /= 2) {
+        high = fmaxf(high, __shfl_xor_sync(~0u, high, lanes));
+        top = fmaxf(top, __shfl_xor_sync(~0u, top, lanes));
+      }
       const bool first = fresh[row] && top > -INFINITY;
-      const float moved = first || top > kSlack ? reference[row] + top : reference[row];
-      // What the reference moves by, its rounding included; 0 where it stays.
-      const float by = moved - reference[row];
-      rescale[row] = cuda::exp2_approx(-by);
-      if (first) rescale[row] = 1.f;  // of nothing
+      const bool above =
+          limit[row] > 0.f ? high > limit[row] : !fresh[row] && top - reference[row] > kSlack;
+      const float moved = first || above ? top : reference[row];
+      rescale[row] = first ? 1.f : cuda::exp2_approx(reference[row] - moved);  // first: of nothing
       fresh[row] = fresh[row] && !first;
       reference[row] = moved;
       sum[row] *= rescale[row];
-#pragma unroll
-      for (int n = 0; n < kTiles; ++n) {
-        exponents(4 * n + 2 * row) -= by;
-        exponents(4 * n + 2 * row + 1) -= by;
-      }
+      const float allowed = __fdividef(moved + kSlack, scale_log2);
+      limit[row] = !fresh[row] && scale_log2 > 0.f && allowed > 0.f ? allowed : -INFINITY;
     }
   }
 };

@@ -61,17 +61,19 @@ struct alignas(8) MBarrier {
         : "memory");
     return ended != 0;
   }
+  /// Suspended for up to 10 ms at a time: a warp that asks again and again takes issue slots, and
+  /// power, from those that compute.
   __device__ __forceinline__ void wait(uint32_t parity) {
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
         "again:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1, %2;\n"
         "@p bra done;\n"
         "bra again;\n"
         "done:\n"
         "}\n" ::"r"(shared_address(this)),
-        "r"(parity)
+        "r"(parity), "r"(10000000)
         : "memory");
   }
 };
