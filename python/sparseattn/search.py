@@ -16,7 +16,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -29,14 +29,18 @@ from sparseattn.search_cost import (
     check_candidates,
     default_candidates,
     fit,
+    frontier,
     share_out,
     shrink,
 )
+from sparseattn.search_harm import TEXT_ROWS, HarmMeter
 from sparseattn.search_model import attention_visitor, checked_prompts, digest, fingerprint
 
 DEFAULT_BUDGET = 0.1
 #: Parts of the budget at which candidates take part where heads share it.
 SHARES = (0.5, 1.0, 2.0, 4.0)
+#: Options of a head whose harm is measured where the whole model shares a budget.
+MEASURED = 5
 _MOST = 0.95  # of dense attention's keys: what default candidates may cost
 # Stands in for a candidate that a head does not take; its output is not looked at.
 _NEXT_TO_NOTHING = AShape(0, 1)
@@ -48,7 +52,8 @@ def search_patterns(
     *,
     candidates: Sequence[Pattern] | None = None,
     budget: float | None = None,
-    shared: bool = False,
+    shared: bool | Literal["layer", "model"] = False,
+    answers: Sequence[int] | None = None,
     output: str | os.PathLike[str] | None = None,
     resume: bool = True,
     progress: bool = True,
@@ -88,7 +93,7 @@ def search_patterns(
         TypeError, ValueError: bad arguments; a model with sliding-window layers or with attention
             that does not go through the interface; files of a search with other settings.
     """
-    search = _Search(model, prompt_ids, candidates, budget, output, resume, shared)
+    search = _Search(model, prompt_ids, candidates, budget, output, resume, shared, answers)
     return search.run(progress)
 
 
@@ -101,14 +106,17 @@ class _Search:
         budget: float | None,
         output: str | os.PathLike[str] | None,
         resume: bool,
-        shared: bool = False,
+        shared: bool | str = False,
+        answers: Sequence[int] | None = None,
     ) -> None:
+        if shared not in (False, True, "layer", "model"):
+            raise ValueError(f"shared: expected False, True, 'layer' or 'model', got {shared!r}")
         self.model = model
-        self.shared = shared
+        self.shared = "layer" if shared is True else shared
         config = model.config.get_text_config()
         self.layers, self.heads = config.num_hidden_layers, config.num_attention_heads
-        self.prompts = checked_prompts(prompt_ids, config.vocab_size)
-        longest = self.prompts[0].shape[1]
+        self.prompts = checked_prompts(prompt_ids, config.vocab_size, answers)
+        longest = self.prompts[0][0].shape[1] - self.prompts[0][1]
         if budget is None and candidates is None:
             budget = DEFAULT_BUDGET
         self.limit = None if budget is None else TOLERANCE * budget_keys(budget, longest)
@@ -124,6 +132,9 @@ class _Search:
                 own = default_candidates(longest, min(_MOST, part * budget) if shared else budget)
             self.candidates += own
             self.parts += [part] * len(own)
+        if shared == "model" and Dense() not in self.candidates:
+            self.candidates.append(Dense())
+            self.parts.append(math.inf)
         self.output = None if output is None else Path(output)
         name = getattr(model.config, "_name_or_path", "") or None
         header = {
@@ -133,12 +144,16 @@ class _Search:
             "shape": [self.layers, self.heads],
             "dtype": str(model.dtype),
             "weights": fingerprint(model),
-            "prompts": [digest(ids) for ids in self.prompts],
+            "prompts": [digest(ids) for ids, _ in self.prompts],
             "candidates": [pattern_to_json(pattern) for pattern in self.candidates],
             "budget": budget,
         }
+        if any(answer for _, answer in self.prompts):
+            header["answers"] = [answer for _, answer in self.prompts]
         if shared:
             header["shared"] = list(SHARES)
+        if shared == "model":
+            header["measured"] = [MEASURED, TEXT_ROWS]
         self.journal = _Journal(self.output, header, resume)
         self.name = name
 
@@ -153,10 +168,12 @@ class _Search:
             unit="run",
             disable=not progress,
         ) as bar:
-            for number, ids in enumerate(self.prompts):
+            for number, (ids, _) in enumerate(self.prompts):
                 if all((number, layer) in self.journal.records for layer in range(self.layers)):
                     continue
                 self._run_prompt(number, ids, bar)
+        if self.shared == "model":
+            self._measure_harms(progress)
         self._write()
         return self.config()
 
@@ -190,6 +207,8 @@ class _Search:
         bar: Any,
     ) -> dict[str, Any]:
         """Errors of all candidates for all heads: one record of the journal."""
+        prefill = q.shape[2] - self.prompts[number][1]
+        q, k, v, dense = (x[:, :, :prefill] for x in (q, k, v, dense))
         if q.shape[1] != self.heads:
             raise ValueError(
                 f"model: expected {self.heads} query heads in layer {layer}, got {q.shape[1]}"
@@ -237,15 +256,57 @@ class _Search:
                     steps[c][head] = None
         return {"steps": steps, "costs": [[float(f"{x:.6g}") for x in f[1]] for f in fits]}
 
-    def best(self, layer: int) -> list[tuple[Pattern, float, float]]:
-        """Pattern, mean error and cost of the winner of every head, over the prompts done."""
+    def _measured(self) -> list[list[list[int]]]:
+        """``[layer][head]``: the candidates whose harm is measured, none of them dense."""
+        return [
+            [
+                [own[i][2] for i in frontier([o[:2] for o in own], MEASURED)]
+                for own in (
+                    [o for o in options if self.candidates[o[2]] != Dense()]
+                    for options in self._options(layer)
+                )
+            ]
+            for layer in range(self.layers)
+        ]
+
+    def _measure_harms(self, progress: bool) -> None:
+        from tqdm.auto import tqdm
+
+        measured = self._measured()
+        counts = [sum(map(len, heads)) for heads in measured]
+        harms = self.journal.harms
+        with tqdm(
+            total=len(self.prompts) * sum(counts),
+            initial=sum(counts[layer] for _, layer in harms),
+            desc="harm",
+            unit="run",
+            disable=not progress,
+        ) as bar:
+            for number, (ids, answer) in enumerate(self.prompts):
+                todo = [layer for layer in range(self.layers) if (number, layer) not in harms]
+                meter = HarmMeter(self.model, ids, answer, self.heads, self.layers)
+                for layer in todo:
+                    bar.set_postfix_str(f"prompt {number + 1}/{len(self.prompts)}, layer {layer}")
+                    steps = self.journal.records[0, layer]["steps"]
+                    wanted = [
+                        (
+                            [shrink(candidate, step or 0) for step in steps[c]],
+                            [head for head in range(self.heads) if c in measured[layer][head]],
+                        )
+                        for c, candidate in enumerate(self.candidates)
+                    ]
+                    found = meter.layer_harms(layer, wanted, bar.update)
+                    self.journal.add({"prompt": number, "layer": layer, "harms": found})
+
+    def _options(self, layer: int) -> list[list[tuple[float, float, int]]]:
+        """Mean error over the prompts done, cost and candidate of every option, by head."""
         first = self.journal.records[0, layer]
         done = [
             self.journal.records[number, layer]["errors"]
             for number in range(len(self.prompts))
             if (number, layer) in self.journal.records
         ]
-        ranked = [
+        return [
             [
                 (sum(errors[c][head] for errors in done) / len(done), first["costs"][c][head], c)
                 for c in range(len(self.candidates))
@@ -253,11 +314,41 @@ class _Search:
             ]
             for head in range(self.heads)
         ]
-        if self.shared:
+
+    def _by_harm(self) -> list[list[tuple[float, float, int]]]:
+        """Harm instead of the error, of the options it is known for, for all heads of the model."""
+        found = []
+        for layer in range(self.layers):
+            done = [self.journal.harms[number, layer] for number in range(len(self.prompts))]
+            for head, own in enumerate(self._options(layer)):
+                known = []
+                for _, cost, c in own:
+                    if self.candidates[c] == Dense():
+                        known.append((0.0, cost, c))
+                    elif done[0][c][head] is not None:
+                        total = sum(
+                            harms[c][head] * (answer + 1 if answer else 1)
+                            for harms, (_, answer) in zip(done, self.prompts, strict=True)
+                        )
+                        known.append((total / len(done), cost, c))
+                found.append(known)
+        return found
+
+    def best(self, layer: int) -> list[tuple[Pattern, float, float]]:
+        """Pattern, mean error (harm, once known) and cost of every head's winner."""
+        ranked = self._options(layer)
+        if self.shared == "model" and len(self.journal.harms) == len(self.prompts) * self.layers:
+            everywhere = self._by_harm()
+            assert self.limit is not None
+            chosen = share_out([[o[:2] for o in own] for own in everywhere], self.limit)
+            here = slice(layer * self.heads, (layer + 1) * self.heads)
+            ranked, chosen = everywhere[here], chosen[here]
+        elif self.shared:
             assert self.limit is not None
             chosen = share_out([[option[:2] for option in own] for own in ranked], self.limit)
         else:
             chosen = [own.index(min(own)) for own in ranked]
+        first = self.journal.records[0, layer]
         winners = []
         for head, own in enumerate(ranked):
             error, cost, c = own[chosen[head]]
@@ -298,6 +389,7 @@ class _Journal:
 
     def __init__(self, output: Path | None, header: dict[str, Any], resume: bool) -> None:
         self.records: dict[tuple[int, int], dict[str, Any]] = {}
+        self.harms: dict[tuple[int, int], list[list[float | None]]] = {}
         self.path = None if output is None else output.with_name(output.name + ".search.jsonl")
         if self.path is None:
             return
@@ -320,7 +412,8 @@ class _Journal:
                 f"{self.path}: expected a search with the same settings, got other "
                 f"{', '.join(differing)}; choose another output, or resume=False to start anew"
             )
-        self.records = {(record["prompt"], record["layer"]): record for record in records}
+        for record in records:
+            self._keep(record)
         return complete[1:]
 
     def add(self, record: dict[str, Any]) -> None:
@@ -330,7 +423,14 @@ class _Journal:
                 file.write(line + "\n")
                 file.flush()
                 os.fsync(file.fileno())
-        self.records[record["prompt"], record["layer"]] = record
+        self._keep(record)
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        key = record["prompt"], record["layer"]
+        if "harms" in record:
+            self.harms[key] = record["harms"]
+        else:
+            self.records[key] = record
 
 
 def _relative_errors(out: torch.Tensor, dense: torch.Tensor) -> list[float]:

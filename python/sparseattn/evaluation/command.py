@@ -172,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm.auto import tqdm
 
     from sparseattn.config import PatternConfig
-    from sparseattn.evaluation import methods, published, report, runner, tasks
+    from sparseattn.evaluation import forward, methods, published, report, runner, tasks
     from sparseattn.evaluation import model as models
     from sparseattn.evaluation.record import Record
     from sparseattn.search_model import fingerprint
@@ -207,7 +207,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--max-length: expected a length, as the model names no limit")
     sizes = methods.ShadowSizes(args.rank, args.budget, args.chunk, args.outliers)
     methods.check(chosen, model, sizes, args.density, args.share, lengths, given)
-    text_ids = None if text is None else _first_tokens(tokenizer, text, 2 * lengths[-1])
+    text_ids = None if text is None else forward.first_tokens(tokenizer, text, 2 * lengths[-1])
     if args.text is not None and text_ids is not None and len(text_ids) < lengths[0]:
         raise ValueError(
             f"--text: expected at least {lengths[0]} tokens, got the {len(text_ids)} of {args.text}"
@@ -253,7 +253,8 @@ def run(args: argparse.Namespace) -> int:
     record = Record(folder / "eval.json", settings, _machine(model.device))
     book = methods.PatternBook(
         model,
-        runner.fit_prompt(tokenizer, args.seed),
+        # Perplexity is measured on the text's tokens before these.
+        runner.fit_prompts(model, tokenizer, args.seed, 2 * lengths[-1] if lengths else 0),
         folder / "patterns",
         density=args.density,
         share=args.share,
@@ -279,14 +280,6 @@ def run(args: argparse.Namespace) -> int:
     print(report.text(record.data()))
     print(f"\nwrote {', '.join(str(path) for path in (record.path, *written))}")
     return 0
-
-
-def _first_tokens(tokenizer: Any, text: str, count: int) -> list[int]:
-    """At most ``count`` tokens of the text, of which no more than needed is tokenised."""
-    ids = list(tokenizer(text[: 8 * count], verbose=False).input_ids)
-    if len(ids) < count and len(text) > 8 * count:
-        ids = list(tokenizer(text, verbose=False).input_ids)
-    return ids[:count]
 
 
 def _digest(text: str) -> str:

@@ -90,8 +90,8 @@ def block_sparse_of(length: int, density: float) -> BlockSparse:
 
 def vertical_slashes_of(length: int, density: float) -> list[VerticalSlash]:
     """Candidates for a head: from few columns to many, and as many offsets as four times the
-    density has keys for if they lay together; heads share the density, and where a head's offsets
-    lie apart the search's budget rule takes some away."""
+    density has keys for if they lay together; the search's budget rule takes offsets away for what
+    a head may cost, and where they lie apart."""
     offsets = max(TILE, round(near_keys(length, min(_MOST, SHARES[-1] * density))))
     return [VerticalSlash(max(1, length // part), offsets) for part in (128, 36, 14, 5)]
 
@@ -113,7 +113,9 @@ def scaled(pattern: Pattern, factor: float) -> Pattern:
 
 
 def shortest_search(density: float) -> int:
-    """The shortest prompt, in tokens, on which patterns of this density can be searched."""
+    """The shortest prompt, in tokens, on which patterns of this density can be searched: with
+    candidates of the largest cost that a head may have."""
+    density = min(_MOST, SHARES[-1] * density)
     length = int(_MIN_BOXES * TILE / (1 - math.sqrt(1 - density)))
     while int(near_keys(length, density)) // TILE < _MIN_BOXES:
         length += 1
@@ -123,16 +125,17 @@ def shortest_search(density: float) -> int:
 class PatternBook:
     """Patterns of a model for prompts of any length.
 
-    vertical_slash and searched are fitted to the model on one prompt of each of ``lengths``, with
-    ``sparseattn.search_patterns`` and a budget of the density, and kept in ``folder``. A prompt of
-    another length gets the patterns of the nearest of them, scaled, if it is within a quarter;
-    else those of the largest power of two below.
+    vertical_slash and searched are fitted to the model for each of ``lengths`` on a few prompts,
+    with ``sparseattn.search_patterns``: one budget of the density for the whole model, shared out
+    by what patterns do to its predictions; a head that needs all keys may get them. They are kept
+    in ``folder``. A prompt of another length gets the patterns of the nearest of them, scaled, if
+    it is within a quarter; else those of the largest power of two below.
     """
 
     def __init__(
         self,
         model: Any,
-        prompt_of: Callable[[int], torch.Tensor],
+        prompts_of: Callable[[int], Sequence[tuple[torch.Tensor, int]]],
         folder: Path,
         *,
         density: float,
@@ -141,12 +144,14 @@ class PatternBook:
         given: PatternConfig | None = None,
         progress: bool = False,
     ) -> None:
-        """prompt_of(length): int64 [1, length], the prompt to fit patterns on. given: what
-        searched takes instead of a search, at every length as it is."""
-        self.model, self.prompt_of, self.folder = model, prompt_of, folder
+        """prompts_of(length): what to fit patterns on, int64 [1, length + answer], each with how
+        many of its last tokens are an answer (0: text). given: what searched takes instead of a
+        search, at every length as it is."""
+        self.model, self.prompts_of, self.folder = model, prompts_of, folder
         self.density, self.share, self.given = density, share, given
         self.lengths, self.progress = tuple(lengths), progress
         self._kept: dict[tuple[str, int], PatternConfig] = {}
+        self._prompts: dict[int, Sequence[tuple[torch.Tensor, int]]] = {}
 
     def config(self, prefill: str, length: int) -> PatternConfig | None:
         """Patterns for prompts of ``length`` tokens; None for dense."""
@@ -186,13 +191,16 @@ class PatternBook:
             candidates = None
             if prefill == "vertical_slash":
                 candidates = vertical_slashes_of(length, self.density)
+            if length not in self._prompts:
+                self._prompts[length] = self.prompts_of(length)
             # Goes on from its own journal, or reads the result from it.
             self._kept[key] = search_patterns(
                 self.model,
-                self.prompt_of(length),
+                [ids for ids, _ in self._prompts[length]],
                 candidates=candidates,
                 budget=self.density,
-                shared=prefill == "vertical_slash",
+                shared="model",
+                answers=[answer for _, answer in self._prompts[length]],
                 output=self.folder / f"{prefill}-{length}.json",
                 progress=self.progress,
             )

@@ -25,7 +25,8 @@ from sparseattn.evaluation.record import Record
 
 #: Seeds of prompts that patterns are fitted on lie this far from those of the examples.
 FIT_SEED = 1_000_003
-FIT_TASK = "niah_multikey"
+#: A prompt of each is fitted on, and a text.
+FIT_TASKS = ("niah_multikey", "niah_multivalue", "niah_multiquery", "variable_tracking")
 NIAH_TASK = "niah_single"
 _MOST_BATCHED = 64
 
@@ -349,16 +350,38 @@ class Runner:
             yield method, cell | {"examples": rows}
 
 
-def fit_prompt(tokenizer: Any, seed: int) -> Callable[[int], torch.Tensor]:
-    """Prompts that patterns are fitted on: of another seed than any example."""
+def fit_prompts(
+    model: Any, tokenizer: Any, seed: int, text_from: int
+) -> Callable[[int], list[tuple[torch.Tensor, int]]]:
+    """What patterns are fitted on, for a length: (int64 [1, length + answer], answer).
 
-    def prompt_of(length: int) -> torch.Tensor:
+    One prompt of each of FIT_TASKS, of another seed than any example, with the tokens that the
+    dense model answers, and the ``length`` tokens of the haystack's text from token ``text_from``
+    on (its last where it is shorter; none where it is too short), without an answer.
+    """
+
+    def prompts_of(length: int) -> list[tuple[torch.Tensor, int]]:
+        from transformers import DynamicCache
+
         from sparseattn.evaluation import tasks
 
-        example = tasks.make(FIT_TASK, tokenizer, length, seed=seed + FIT_SEED, index=0)
-        return torch.tensor([example.input_ids])
+        ends, device = forward.end_tokens(model, tokenizer), next(model.parameters()).device
+        found = []
+        for task in FIT_TASKS:
+            example = tasks.make(task, tokenizer, length, seed=seed + FIT_SEED, index=0)
+            ids = torch.tensor([example.input_ids])
+            cache = DynamicCache(config=model.config)
+            new = example.max_new_tokens
+            (answer,) = forward.generate(model, ids.to(device), new, cache, ends)
+            found.append(
+                (torch.cat([ids, torch.tensor([answer], dtype=torch.long)], 1), len(answer))
+            )
+        text = forward.first_tokens(tokenizer, tasks.haystack_text(), text_from + length)
+        if len(text) >= length:
+            found.append((torch.tensor([text[-length:]]), 0))
+        return found
 
-    return prompt_of
+    return prompts_of
 
 
 def _mean(values: Sequence[float]) -> float:
