@@ -33,14 +33,16 @@ from sparseattn.search_cost import (
     share_out,
     shrink,
 )
-from sparseattn.search_harm import TEXT_ROWS, HarmMeter
+from sparseattn.search_harm import NO_HARM, TEXT_ROWS, HarmMeter
 from sparseattn.search_model import attention_visitor, checked_prompts, digest, fingerprint
 
 DEFAULT_BUDGET = 0.1
 #: Parts of the budget at which candidates take part where heads share it.
 SHARES = (0.5, 1.0, 2.0, 4.0)
-#: Options of a head whose harm is measured where the whole model shares a budget.
-MEASURED = 5
+#: The same where all heads of the model do: most need little.
+MODEL_SHARES = (0.125, 0.25, *SHARES)
+#: Options of a head whose harm is measured then.
+MEASURED = 6
 _MOST = 0.95  # of dense attention's keys: what default candidates may cost
 # Stands in for a candidate that a head does not take; its output is not looked at.
 _NEXT_TO_NOTHING = AShape(0, 1)
@@ -79,10 +81,19 @@ def search_patterns(
             longest prompt.
         budget: share of dense attention's keys, 0 < budget < 1. None: 0.1 with the default
             candidates, no limit with given ones.
-        shared: heads of a layer share its budget: candidates take part at half the budget, once,
-            twice and four times it (those given only as far as they are large enough), none is
-            dropped, and the sum of the heads' errors is made small for costs that are the budget
-            on average (``search_cost.share_out``).
+        shared: "layer" (or True): heads of a layer share its budget: candidates take part at half
+            the budget, once, twice and four times it (those given only as far as they are large
+            enough), none is dropped, and the sum of the heads' errors is made small for costs that
+            are the budget on average (``search_cost.share_out``). "model": all heads of the model
+            share one budget, dense is a candidate too, and what is made small is the sum of the
+            harms: the divergence of the model's predictions from the dense ones when this head
+            alone is sparse (``search_harm``). It is measured for at most MEASURED options of a
+            head, those of the smallest errors for their costs: up to MEASURED * heads * layers
+            forwards of each prompt, each from the head's layer on.
+        answers: for each prompt how many of its last tokens are an answer. Their rows attend to all
+            keys, as in decode, and count for no error; with "model" harm is the sum over the rows
+            that predict them and what follows. Without an answer it is the mean over the last
+            rows (``search_harm.counted_rows``). None: no answers.
         output: file that gets the config after every layer (layers not yet searched are dense).
             Beside it ``<output>.search.jsonl`` keeps all errors and costs, one line a layer.
         resume: go on from ``<output>.search.jsonl``, with the same result as without the
@@ -126,10 +137,11 @@ class _Search:
         # Of every candidate the part of the budget that it may cost a head.
         self.parts: list[float] = []
         self.candidates: list[Pattern] = []
-        for part in SHARES if shared else (1.0,):
+        shares = {False: (1.0,), "layer": SHARES, "model": MODEL_SHARES}[self.shared]
+        for part in shares:
             own = given
             if own is None:
-                own = default_candidates(longest, min(_MOST, part * budget) if shared else budget)
+                own = self._default_candidates(longest, part, budget)
             self.candidates += own
             self.parts += [part] * len(own)
         if shared == "model" and Dense() not in self.candidates:
@@ -151,11 +163,21 @@ class _Search:
         if any(answer for _, answer in self.prompts):
             header["answers"] = [answer for _, answer in self.prompts]
         if shared:
-            header["shared"] = list(SHARES)
+            header["shared"] = list(shares)
         if shared == "model":
-            header["measured"] = [MEASURED, TEXT_ROWS]
+            header["measured"] = [MEASURED, TEXT_ROWS, NO_HARM]
         self.journal = _Journal(self.output, header, resume)
         self.name = name
+
+    def _default_candidates(self, length: int, part: float, budget: float) -> list[Pattern]:
+        try:
+            return default_candidates(length, min(_MOST, part * budget) if self.shared else budget)
+        except ValueError:
+            # Too short a prompt for this part; the largest must do.
+            if self.shared and part < SHARES[-1]:
+                budget_keys(budget, length)
+                return []
+            raise
 
     def run(self, progress: bool) -> PatternConfig:
         from tqdm.auto import tqdm
@@ -287,16 +309,17 @@ class _Search:
                 meter = HarmMeter(self.model, ids, answer, self.heads, self.layers)
                 for layer in todo:
                     bar.set_postfix_str(f"prompt {number + 1}/{len(self.prompts)}, layer {layer}")
-                    steps = self.journal.records[0, layer]["steps"]
-                    wanted = [
-                        (
-                            [shrink(candidate, step or 0) for step in steps[c]],
-                            [head for head in range(self.heads) if c in measured[layer][head]],
-                        )
-                        for c, candidate in enumerate(self.candidates)
+                    options = [
+                        [self._pattern(layer, head, c) for c in own]
+                        for head, own in enumerate(measured[layer])
                     ]
-                    found = meter.layer_harms(layer, wanted, bar.update)
+                    found = meter.layer_harms(layer, options, bar.update)
                     self.journal.add({"prompt": number, "layer": layer, "harms": found})
+
+    def _pattern(self, layer: int, head: int, candidate: int) -> Pattern:
+        return shrink(
+            self.candidates[candidate], self.journal.records[0, layer]["steps"][candidate][head]
+        )
 
     def _options(self, layer: int) -> list[list[tuple[float, float, int]]]:
         """Mean error over the prompts done, cost and candidate of every option, by head."""
@@ -318,20 +341,18 @@ class _Search:
     def _by_harm(self) -> list[list[tuple[float, float, int]]]:
         """Harm instead of the error, of the options it is known for, for all heads of the model."""
         found = []
-        for layer in range(self.layers):
-            done = [self.journal.harms[number, layer] for number in range(len(self.prompts))]
-            for head, own in enumerate(self._options(layer)):
-                known = []
-                for _, cost, c in own:
-                    if self.candidates[c] == Dense():
-                        known.append((0.0, cost, c))
-                    elif done[0][c][head] is not None:
-                        total = sum(
-                            harms[c][head] * (answer + 1 if answer else 1)
-                            for harms, (_, answer) in zip(done, self.prompts, strict=True)
-                        )
-                        known.append((total / len(done), cost, c))
-                found.append(known)
+        numbers = range(len(self.prompts))
+        for layer, heads in enumerate(self._measured()):
+            costs = self.journal.records[0, layer]["costs"]
+            for head, own in enumerate(heads):
+                harms = [self.journal.harms[number, layer][head] for number in numbers]
+                known = [
+                    # What was left out does as little harm as the last that was tried.
+                    (sum(h[min(n, len(h) - 1)] for h in harms) / len(harms), costs[c][head], c)
+                    for n, c in enumerate(own)
+                ]
+                dense = self.candidates.index(Dense())
+                found.append([*known, (0.0, costs[dense][head], dense)])
         return found
 
     def best(self, layer: int) -> list[tuple[Pattern, float, float]]:
@@ -348,12 +369,10 @@ class _Search:
             chosen = share_out([[option[:2] for option in own] for own in ranked], self.limit)
         else:
             chosen = [own.index(min(own)) for own in ranked]
-        first = self.journal.records[0, layer]
         winners = []
         for head, own in enumerate(ranked):
             error, cost, c = own[chosen[head]]
-            pattern = shrink(self.candidates[c], first["steps"][c][head])
-            winners.append((pattern, error, cost))
+            winners.append((self._pattern(layer, head, c), error, cost))
         return winners
 
     def config(self) -> PatternConfig:
@@ -389,7 +408,7 @@ class _Journal:
 
     def __init__(self, output: Path | None, header: dict[str, Any], resume: bool) -> None:
         self.records: dict[tuple[int, int], dict[str, Any]] = {}
-        self.harms: dict[tuple[int, int], list[list[float | None]]] = {}
+        self.harms: dict[tuple[int, int], list[list[float]]] = {}
         self.path = None if output is None else output.with_name(output.name + ".search.jsonl")
         if self.path is None:
             return
@@ -477,8 +496,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--share-budget",
-        action="store_true",
-        help="heads of a layer share its budget: some cost more, some less",
+        nargs="?",
+        choices=("layer", "model"),
+        const="layer",
+        default=False,
+        help="heads of a layer (the default) or of the whole model share one budget: some cost "
+        "more, some less; for the whole model by what patterns do to its predictions",
     )
     parser.add_argument("--restart", action="store_true", help="do not go on from an earlier run")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")

@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from sparseattn import ops
-from sparseattn.patterns import Dense, Pattern
+from sparseattn.patterns import AShape, Dense, Pattern
 from sparseattn.search_model import attention_replaced
 
 #: Last rows of a prompt without an answer whose predictions count.
 TEXT_ROWS = 1024
+#: Nats: options of a head that cost more than one of this harm are not tried.
+NO_HARM = 1e-5
+_NEXT_TO_NOTHING = AShape(0, 1)
 _KL_ROWS = 128  # rows whose fp32 distributions exist at a time
 
 
@@ -40,7 +43,7 @@ class HarmMeter:
         """ids: int64 [1, L]; answer: how many of its last tokens are an answer (0: a text)."""
         self.model, self.heads, self.last = model, heads, layers - 1
         self.ids = ids.to(model.get_input_embeddings().weight.device)
-        self.prefill = ids.shape[1] - answer
+        self.answer, self.prefill = answer, ids.shape[1] - answer
         self.rows = counted_rows(ids.shape[1], answer)
         # The decoder's layers, where they can be skipped.
         blocks = getattr(model.base_model, "layers", None)
@@ -51,16 +54,20 @@ class HarmMeter:
     def layer_harms(
         self,
         layer: int,
-        wanted: Sequence[tuple[Pattern | Sequence[Pattern], Sequence[int]]],
-        advance: Callable[[], None] = lambda: None,
-    ) -> list[list[float | None]]:
-        """Harms of one layer's heads.
+        options: Sequence[Sequence[Pattern]],
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> list[list[float]]:
+        """Harms of one layer's heads: KL in nats, the sum over an answer's rows or the mean over a
+        text's.
+
+        A head's options are tried in their order until one does next to no harm (NO_HARM).
 
         Args:
-            wanted: (patterns of all heads, heads whose harm is wanted).
+            options: by head, the cheapest first.
+            advance: called with the number of options that are done.
 
         Returns:
-            For each of them harm by head, None for the others: KL in nats, mean over the rows.
+            By head the harms of its first options; those left out do none.
         """
         seen: dict[str, Any] = {}
 
@@ -74,20 +81,25 @@ class HarmMeter:
         logits = self._run(layer, record, keep=layer)
         if self._reference is None:
             self._reference = logits.log_softmax(-1)
-        found = []
-        for patterns, own in wanted:
-            if not own:
-                found.append([None] * self.heads)
-                continue
+        harms: list[list[float]] = [[] for _ in options]
+        for n in range(max(map(len, options))):
+            left = [
+                head
+                for head, own in enumerate(options)
+                if n < len(own) and (n == 0 or harms[head][-1] > NO_HARM)
+            ]
+            if not left:
+                break
+            # What the others have is not looked at.
+            patterns = [own[n] if h in left else _NEXT_TO_NOTHING for h, own in enumerate(options)]
             out = ops.sparse_attention(
                 seen["q"], seen["k"], seen["v"], patterns, scale=seen["scale"]
             )
-            harms: list[float | None] = [None] * self.heads
-            for head in own:
-                harms[head] = self._harm(layer, self._changed(seen["out"], out, head))
-                advance()
-            found.append(harms)
-        return found
+            for head in left:
+                harm = self._harm(layer, self._changed(seen["out"], out, head))
+                harms[head].append(harm)
+                advance(len(options[head]) - n if harm <= NO_HARM else 1)
+        return harms
 
     def _changed(self, dense: Tensor, sparse: Tensor, head: int) -> Tensor:
         changed = dense.clone()
@@ -115,7 +127,8 @@ class HarmMeter:
         for own, dense in zip(logits.split(_KL_ROWS), self._reference.split(_KL_ROWS), strict=True):
             log = own.log_softmax(-1)
             total += float((dense.exp() * (dense - log)).sum())
-        return max(0.0, total / self.rows)
+        total = max(0.0, total if self.answer else total / self.rows)
+        return float(f"{total:.6g}")  # the very number of the journal
 
     def _run(self, layer: int, attend: Any, keep: int | None = None) -> Tensor:
         """fp32 [rows, vocabulary]: logits, with layers before ``layer`` left out where their output
