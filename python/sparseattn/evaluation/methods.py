@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -26,7 +26,7 @@ from sparseattn.search_cost import TILE, block_sparse_cost, budget_keys
 PREFILLS = {
     "dense": "all keys",
     "a_shape": "every head the first keys and the latest",
-    "vertical_slash": "every head columns and offsets, more for those that need them",
+    "vertical_slash": "every head columns and offsets, more (up to all keys) for those that need them",
     "block_sparse": "every head the best key blocks of 64",
     "searched": "every head the pattern that search finds at that density",
     "adaptive": "every head columns and offsets that cover a share of its attention mass",
@@ -35,6 +35,8 @@ SHADOWKV = "shadowkv"
 DEFAULT = (*PREFILLS, SHADOWKV, f"searched+{SHADOWKV}")
 #: Columns and offsets that adaptive may take: this part of the prompt's keys.
 ADAPTIVE_LIMIT = 0.5
+#: Models of more heads are searched by errors: harm takes a few forwards a head and prompt.
+HARM_HEADS = 256
 _MOST = 0.9  # of all keys: a head's candidates
 _MIN_BOXES = 4  # of 64 keys, that a search needs in a row (search_cost.default_candidates)
 
@@ -127,8 +129,8 @@ class PatternBook:
 
     vertical_slash and searched are fitted to the model for each of ``lengths`` on a few prompts,
     with ``sparseattn.search_patterns``: one budget of the density for the whole model, shared out
-    by what patterns do to its predictions; a head that needs all keys may get them. They are kept
-    in ``folder``. A prompt of another length gets the patterns of the nearest of them, scaled, if
+    by what patterns do to its predictions; a head that needs all keys may get them. (A model of more
+    than HARM_HEADS heads has one budget a layer, shared out by errors.) They are kept in ``folder``. A prompt of another length gets the patterns of the nearest of them, scaled, if
     it is within a quarter; else those of the largest power of two below.
     """
 
@@ -199,12 +201,17 @@ class PatternBook:
                 [ids for ids, _ in self._prompts[length]],
                 candidates=candidates,
                 budget=self.density,
-                shared="model",
+                shared=self._sharing(),
                 answers=[answer for _, answer in self._prompts[length]],
                 output=self.folder / f"{prefill}-{length}.json",
                 progress=self.progress,
             )
         return self._kept[key]
+
+    def _sharing(self) -> Literal["layer", "model"]:
+        config = self.model.config
+        heads = config.num_hidden_layers * config.num_attention_heads
+        return "model" if heads <= HARM_HEADS else "layer"
 
 
 # --- ShadowKV ------------------------------------------------------------------------------------
