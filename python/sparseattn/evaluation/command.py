@@ -260,6 +260,7 @@ def run(args: argparse.Namespace) -> int:
         share=args.share,
         lengths=lengths,
         given=given,
+        by_harm=not args.smoke,  # takes longer than the rest of it
     )
     work = runner.Runner(model, tokenizer, plan, book, record, text_ids, note=tqdm.write)
     with tqdm(

@@ -26,7 +26,7 @@ from sparseattn.search_cost import TILE, block_sparse_cost, budget_keys
 PREFILLS = {
     "dense": "all keys",
     "a_shape": "every head the first keys and the latest",
-    "vertical_slash": "every head columns and offsets, more (up to all keys) for those that need them",
+    "vertical_slash": "every head columns and offsets, or all keys where it needs them",
     "block_sparse": "every head the best key blocks of 64",
     "searched": "every head the pattern that search finds at that density",
     "adaptive": "every head columns and offsets that cover a share of its attention mass",
@@ -129,9 +129,10 @@ class PatternBook:
 
     vertical_slash and searched are fitted to the model for each of ``lengths`` on a few prompts,
     with ``sparseattn.search_patterns``: one budget of the density for the whole model, shared out
-    by what patterns do to its predictions; a head that needs all keys may get them. (A model of more
-    than HARM_HEADS heads has one budget a layer, shared out by errors.) They are kept in ``folder``. A prompt of another length gets the patterns of the nearest of them, scaled, if
-    it is within a quarter; else those of the largest power of two below.
+    by what patterns do to its predictions; a head that needs all keys may get them. (By errors,
+    with one budget a layer, for a model of more than HARM_HEADS heads, or without ``by_harm``.)
+    They are kept in ``folder``. A prompt of another length gets the patterns of the nearest of
+    them, scaled, if it is within a quarter; else those of the largest power of two below.
     """
 
     def __init__(
@@ -144,6 +145,7 @@ class PatternBook:
         share: float,
         lengths: Sequence[int] = (),
         given: PatternConfig | None = None,
+        by_harm: bool = True,
         progress: bool = False,
     ) -> None:
         """prompts_of(length): what to fit patterns on, int64 [1, length + answer], each with how
@@ -151,6 +153,7 @@ class PatternBook:
         search, at every length as it is."""
         self.model, self.prompts_of, self.folder = model, prompts_of, folder
         self.density, self.share, self.given = density, share, given
+        self.by_harm = by_harm
         self.lengths, self.progress = tuple(lengths), progress
         self._kept: dict[tuple[str, int], PatternConfig] = {}
         self._prompts: dict[int, Sequence[tuple[torch.Tensor, int]]] = {}
@@ -211,7 +214,7 @@ class PatternBook:
     def _sharing(self) -> Literal["layer", "model"]:
         config = self.model.config
         heads = config.num_hidden_layers * config.num_attention_heads
-        return "model" if heads <= HARM_HEADS else "layer"
+        return "model" if self.by_harm and heads <= HARM_HEADS else "layer"
 
 
 # --- ShadowKV ------------------------------------------------------------------------------------
