@@ -10,7 +10,6 @@ diagonals.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 from collections import Counter
@@ -21,19 +20,20 @@ from typing import Any, Literal
 import torch
 
 from sparseattn import ops
-from sparseattn.config import PatternConfig, pattern_to_json, write_atomic
+from sparseattn.config import PatternConfig, pattern_to_json
 from sparseattn.patterns import PATTERNS, AShape, Dense, Pattern
+from sparseattn.search_budget import MEASURED, ROUNDS, ModelBudget
 from sparseattn.search_cost import (
     TOLERANCE,
     budget_keys,
     check_candidates,
     default_candidates,
     fit,
-    frontier,
     share_out,
     shrink,
 )
-from sparseattn.search_harm import NO_HARM, TEXT_ROWS, HarmMeter
+from sparseattn.search_harm import NO_HARM, TEXT_ROWS
+from sparseattn.search_journal import Journal
 from sparseattn.search_model import attention_visitor, checked_prompts, digest, fingerprint
 
 DEFAULT_BUDGET = 0.1
@@ -41,8 +41,6 @@ DEFAULT_BUDGET = 0.1
 SHARES = (0.5, 1.0, 2.0, 4.0)
 #: The same where all heads of the model do: most need little.
 MODEL_SHARES = (0.125, 0.25, *SHARES)
-#: Options of a head whose harm is measured then.
-MEASURED = 6
 _MOST = 0.95  # of dense attention's keys: what default candidates may cost
 # Stands in for a candidate that a head does not take; its output is not looked at.
 _NEXT_TO_NOTHING = AShape(0, 1)
@@ -165,8 +163,9 @@ class _Search:
         if shared:
             header["shared"] = list(shares)
         if shared == "model":
-            header["measured"] = [MEASURED, TEXT_ROWS, NO_HARM]
-        self.journal = _Journal(self.output, header, resume)
+            header["measured"] = [MEASURED, ROUNDS, TEXT_ROWS, NO_HARM]
+        self.journal = Journal(self.output, header, resume)
+        self.model_budget = ModelBudget(self) if shared == "model" else None
         self.name = name
 
     def _default_candidates(self, length: int, part: float, budget: float) -> list[Pattern]:
@@ -194,9 +193,10 @@ class _Search:
                 if all((number, layer) in self.journal.records for layer in range(self.layers)):
                     continue
                 self._run_prompt(number, ids, bar)
-        if self.shared == "model":
-            self._measure_harms(progress)
         self._write()
+        if self.model_budget is not None:
+            self.model_budget.run(progress)
+            self._write()
         return self.config()
 
     def _run_prompt(self, number: int, ids: torch.Tensor, bar: Any) -> None:
@@ -278,50 +278,12 @@ class _Search:
                     steps[c][head] = None
         return {"steps": steps, "costs": [[float(f"{x:.6g}") for x in f[1]] for f in fits]}
 
-    def _measured(self) -> list[list[list[int]]]:
-        """``[layer][head]``: the candidates whose harm is measured, none of them dense."""
-        return [
-            [
-                [own[i][2] for i in frontier([o[:2] for o in own], MEASURED)]
-                for own in (
-                    [o for o in options if self.candidates[o[2]] != Dense()]
-                    for options in self._options(layer)
-                )
-            ]
-            for layer in range(self.layers)
-        ]
+    def pattern(self, layer: int, head: int, candidate: int) -> Pattern:
+        """The candidate as the budget rule left it for this head."""
+        steps = self.journal.records[0, layer]["steps"][candidate][head]
+        return shrink(self.candidates[candidate], steps)
 
-    def _measure_harms(self, progress: bool) -> None:
-        from tqdm.auto import tqdm
-
-        measured = self._measured()
-        counts = [sum(map(len, heads)) for heads in measured]
-        harms = self.journal.harms
-        with tqdm(
-            total=len(self.prompts) * sum(counts),
-            initial=sum(counts[layer] for _, layer in harms),
-            desc="harm",
-            unit="run",
-            disable=not progress,
-        ) as bar:
-            for number, (ids, answer) in enumerate(self.prompts):
-                todo = [layer for layer in range(self.layers) if (number, layer) not in harms]
-                meter = HarmMeter(self.model, ids, answer, self.heads, self.layers)
-                for layer in todo:
-                    bar.set_postfix_str(f"prompt {number + 1}/{len(self.prompts)}, layer {layer}")
-                    options = [
-                        [self._pattern(layer, head, c) for c in own]
-                        for head, own in enumerate(measured[layer])
-                    ]
-                    found = meter.layer_harms(layer, options, bar.update)
-                    self.journal.add({"prompt": number, "layer": layer, "harms": found})
-
-    def _pattern(self, layer: int, head: int, candidate: int) -> Pattern:
-        return shrink(
-            self.candidates[candidate], self.journal.records[0, layer]["steps"][candidate][head]
-        )
-
-    def _options(self, layer: int) -> list[list[tuple[float, float, int]]]:
+    def options(self, layer: int) -> list[list[tuple[float, float, int]]]:
         """Mean error over the prompts done, cost and candidate of every option, by head."""
         first = self.journal.records[0, layer]
         done = [
@@ -338,42 +300,21 @@ class _Search:
             for head in range(self.heads)
         ]
 
-    def _by_harm(self) -> list[list[tuple[float, float, int]]]:
-        """Harm instead of the error, of the options it is known for, for all heads of the model."""
-        found = []
-        numbers = range(len(self.prompts))
-        for layer, heads in enumerate(self._measured()):
-            costs = self.journal.records[0, layer]["costs"]
-            for head, own in enumerate(heads):
-                harms = [self.journal.harms[number, layer][head] for number in numbers]
-                known = [
-                    # What was left out does as little harm as the last that was tried.
-                    (sum(h[min(n, len(h) - 1)] for h in harms) / len(harms), costs[c][head], c)
-                    for n, c in enumerate(own)
-                ]
-                dense = self.candidates.index(Dense())
-                found.append([*known, (0.0, costs[dense][head], dense)])
-        return found
-
     def best(self, layer: int) -> list[tuple[Pattern, float, float]]:
         """Pattern, mean error (harm, once known) and cost of every head's winner."""
-        ranked = self._options(layer)
-        if self.shared == "model" and len(self.journal.harms) == len(self.prompts) * self.layers:
-            everywhere = self._by_harm()
-            assert self.limit is not None
-            chosen = share_out([[o[:2] for o in own] for own in everywhere], self.limit)
-            here = slice(layer * self.heads, (layer + 1) * self.heads)
-            ranked, chosen = everywhere[here], chosen[here]
-        elif self.shared:
-            assert self.limit is not None
-            chosen = share_out([[option[:2] for option in own] for own in ranked], self.limit)
-        else:
-            chosen = [own.index(min(own)) for own in ranked]
-        winners = []
-        for head, own in enumerate(ranked):
-            error, cost, c = own[chosen[head]]
-            winners.append((self._pattern(layer, head, c), error, cost))
-        return winners
+        winners = None if self.model_budget is None else self.model_budget.winners(layer)
+        if winners is None:
+            ranked = self.options(layer)
+            if self.shared:
+                assert self.limit is not None
+                chosen = share_out([[option[:2] for option in own] for own in ranked], self.limit)
+            else:
+                chosen = [own.index(min(own)) for own in ranked]
+            winners = [own[i] for own, i in zip(ranked, chosen, strict=True)]
+        return [
+            (self.pattern(layer, head, c), error, cost)
+            for head, (error, cost, c) in enumerate(winners)
+        ]
 
     def config(self) -> PatternConfig:
         layers = [
@@ -398,58 +339,6 @@ class _Search:
             error, cost = (sum(column) / count for column in zip(*own, strict=True))
             lines.append(f"{count:5d}  {error:10.4f}  {cost:8.0f}  {pattern}")
         return "\n".join(lines)
-
-
-class _Journal:
-    """All scores of a search: a header line, then one line for each layer of each prompt.
-
-    Lines are only appended; a half-written last line is dropped on the next start.
-    """
-
-    def __init__(self, output: Path | None, header: dict[str, Any], resume: bool) -> None:
-        self.records: dict[tuple[int, int], dict[str, Any]] = {}
-        self.harms: dict[tuple[int, int], list[list[float]]] = {}
-        self.path = None if output is None else output.with_name(output.name + ".search.jsonl")
-        if self.path is None:
-            return
-        lines = [json.dumps(header)]
-        if resume and self.path.is_file():
-            lines += self._read(self.path.read_text(encoding="utf-8"), header)
-        write_atomic(self.path, "\n".join(lines) + "\n")
-
-    def _read(self, text: str, header: dict[str, Any]) -> list[str]:
-        complete = text.split("\n")[:-1]
-        try:
-            found, *records = [json.loads(line) for line in complete]
-        except ValueError as error:
-            raise ValueError(f"{self.path}: expected lines of a search, got: {error}") from error
-        differing = [
-            key for key in header if not isinstance(found, dict) or found.get(key) != header[key]
-        ]
-        if differing:
-            raise ValueError(
-                f"{self.path}: expected a search with the same settings, got other "
-                f"{', '.join(differing)}; choose another output, or resume=False to start anew"
-            )
-        for record in records:
-            self._keep(record)
-        return complete[1:]
-
-    def add(self, record: dict[str, Any]) -> None:
-        line = json.dumps(record)
-        if self.path is not None:
-            with open(self.path, "a", encoding="utf-8", newline="\n") as file:
-                file.write(line + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        self._keep(record)
-
-    def _keep(self, record: dict[str, Any]) -> None:
-        key = record["prompt"], record["layer"]
-        if "harms" in record:
-            self.harms[key] = record["harms"]
-        else:
-            self.records[key] = record
 
 
 def _relative_errors(out: torch.Tensor, dense: torch.Tensor) -> list[float]:

@@ -1,9 +1,9 @@
 """What a pattern of one head does to a model's predictions: the measure of a whole-model budget.
 
-The model runs with one head's attention output replaced by a sparse one and everything else
-dense; harm is the Kullback-Leibler divergence of its next-token distributions from the dense
-model's. Only forward passes. They begin at the changed layer, from the dense hidden states, and
-the last layer attends for the rows that count only.
+The model runs with one head's attention output replaced and everything else dense, or as a base of
+patterns has it; harm is the Kullback-Leibler divergence of its next-token distributions from the
+dense model's. Only forward passes. They begin at the changed layer, from the hidden states that
+were there before, and dense attention in the last layer is for the rows that count only.
 """
 
 from __future__ import annotations
@@ -39,8 +39,17 @@ class HarmMeter:
     ``layer_harms`` must be called for layers in ascending order, each at most once.
     """
 
-    def __init__(self, model: Any, ids: Tensor, answer: int, heads: int, layers: int) -> None:
-        """ids: int64 [1, L]; answer: how many of its last tokens are an answer (0: a text)."""
+    def __init__(
+        self,
+        model: Any,
+        ids: Tensor,
+        answer: int,
+        heads: int,
+        layers: int,
+        base: Sequence[Sequence[Pattern]] | None = None,
+    ) -> None:
+        """ids: int64 [1, L]; answer: how many of its last tokens are an answer (0: a text); base:
+        patterns ``[layer][head]`` of what is not changed, None for dense."""
         self.model, self.heads, self.last = model, heads, layers - 1
         self.ids = ids.to(model.get_input_embeddings().weight.device)
         self.answer, self.prefill = answer, ids.shape[1] - answer
@@ -48,8 +57,14 @@ class HarmMeter:
         # The decoder's layers, where they can be skipped.
         blocks = getattr(model.base_model, "layers", None)
         self.blocks = list(blocks) if blocks is not None and len(blocks) == layers else []
-        self._hidden: dict[int, Any] = {}  # outputs of layers in the dense model
-        self._reference: Tensor | None = None
+        self._hidden: dict[int, Any] = {}  # outputs of layers, nothing changed
+        self.base = None
+        self._reference = self._run(0, self._unchanged).log_softmax(-1)
+        self.base = base
+
+    def joint(self) -> float:
+        """The harm of the base."""
+        return self._divergence(self._run(0, self._unchanged))
 
     def layer_harms(
         self,
@@ -60,7 +75,8 @@ class HarmMeter:
         """Harms of one layer's heads: KL in nats, the sum over an answer's rows or the mean over a
         text's.
 
-        A head's options are tried in their order until one does next to no harm (NO_HARM).
+        Without a base a head's options are tried in their order until one does next to no harm
+        (NO_HARM).
 
         Args:
             options: by head, the cheapest first.
@@ -72,21 +88,19 @@ class HarmMeter:
         seen: dict[str, Any] = {}
 
         def record(at: int, q: Tensor, k: Tensor, v: Tensor, scale: Any, dense: Any) -> Tensor:
-            out = self._dense(at, q, k, v, scale, dense)
+            out = self._unchanged(at, q, k, v, scale, dense)
             if at == layer:
                 p = self.prefill
                 seen.update(q=q[:, :, :p], k=k[:, :, :p], v=v[:, :, :p], scale=scale, out=out)
             return out
 
-        logits = self._run(layer, record, keep=layer)
-        if self._reference is None:
-            self._reference = logits.log_softmax(-1)
+        self._run(layer, record, keep=layer)
         harms: list[list[float]] = [[] for _ in options]
         for n in range(max(map(len, options))):
             left = [
                 head
                 for head, own in enumerate(options)
-                if n < len(own) and (n == 0 or harms[head][-1] > NO_HARM)
+                if n < len(own) and not (n and self._enough(harms[head]))
             ]
             if not left:
                 break
@@ -98,8 +112,11 @@ class HarmMeter:
             for head in left:
                 harm = self._harm(layer, self._changed(seen["out"], out, head))
                 harms[head].append(harm)
-                advance(len(options[head]) - n if harm <= NO_HARM else 1)
+                advance(len(options[head]) - n if self._enough(harms[head]) else 1)
         return harms
+
+    def _enough(self, harms: list[float]) -> bool:
+        return self.base is None and harms[-1] <= NO_HARM
 
     def _changed(self, dense: Tensor, sparse: Tensor, head: int) -> Tensor:
         changed = dense.clone()
@@ -108,22 +125,31 @@ class HarmMeter:
 
     def _harm(self, layer: int, changed: Tensor) -> float:
         def attend(at: int, q: Tensor, k: Tensor, v: Tensor, scale: Any, dense: Any) -> Tensor:
-            return changed if at == layer else self._dense(at, q, k, v, scale, dense)
+            return changed if at == layer else self._unchanged(at, q, k, v, scale, dense)
 
         return self._divergence(self._run(layer, attend))
 
-    def _dense(self, at: int, q: Tensor, k: Tensor, v: Tensor, scale: Any, dense: Any) -> Tensor:
-        if at < self.last:
+    def _unchanged(
+        self, at: int, q: Tensor, k: Tensor, v: Tensor, scale: Any, dense: Any
+    ) -> Tensor:
+        if self.base is None and at < self.last:
             return dense()
         out = torch.zeros_like(q)  # of rows that do not count
-        out[:, :, -self.rows :] = ops.sparse_attention(
-            q[:, :, -self.rows :], k, v, [Dense()] * self.heads, scale=scale
-        )
+        rows = self.rows
+        if self.base is not None:
+            q_part, k_part, v_part = (x[:, :, : self.prefill] for x in (q, k, v))
+            out[:, :, : self.prefill] = ops.sparse_attention(
+                q_part, k_part, v_part, list(self.base[at]), scale=scale
+            )
+            rows = self.answer
+        if rows:
+            out[:, :, -rows:] = ops.sparse_attention(
+                q[:, :, -rows:], k, v, [Dense()] * self.heads, scale=scale
+            )
         return out
 
     def _divergence(self, logits: Tensor) -> float:
         total = 0.0
-        assert self._reference is not None
         for own, dense in zip(logits.split(_KL_ROWS), self._reference.split(_KL_ROWS), strict=True):
             log = own.log_softmax(-1)
             total += float((dense.exp() * (dense - log)).sum())
