@@ -133,6 +133,15 @@ def test_patterns_are_fitted_once_for_a_length(tmp_path):
         own.config("searched", 512).layers
     )
     assert book().config("searched", 512).layers == own.config("searched", 512).layers
+    journal = (tmp_path / "searched-512.json.search.jsonl").read_text()
+    assert '"harms"' in journal
+    asked.clear()
+    by_error = methods.PatternBook(
+        model, prompts_of, tmp_path / "error", density=0.8, share=0.9, lengths=(512,), by_harm=False
+    )
+    by_error.config("vertical_slash", 512)
+    journal = (tmp_path / "error" / "vertical_slash-512.json.search.jsonl").read_text()
+    assert '"harms"' not in journal and '"prompt": 1' not in journal
     own.config("vertical_slash", 1500)  # far from 512: of the power of two below
     assert set(asked) == {512, 1024}
 
@@ -141,19 +150,22 @@ def test_what_patterns_are_fitted_on(fakes):
     """A prompt of every family with the model's own answer, and text after perplexity's."""
     model, tokenizer = eval_fakes.load(dtype=torch.float32)
     found = runner.fit_prompts(model, tokenizer, seed=4, text_from=600)(300)
-    assert len(found) == len(runner.FIT_TASKS) + 1
-    for (ids, answer), task in zip(found, runner.FIT_TASKS, strict=False):
-        example = eval_fakes.make(task, tokenizer, 300, seed=4 + runner.FIT_SEED, index=0)
+    wanted = [(t, runner.FIT_TASKS[:n].count(t)) for n, t in enumerate(runner.FIT_TASKS)]
+    assert len(found) == len(wanted) + runner.FIT_WINDOWS and ("niah_multivalue", 2) in wanted
+    for (ids, answer), (task, index) in zip(found, wanted, strict=False):
+        example = eval_fakes.make(task, tokenizer, 300, seed=4 + runner.FIT_SEED, index=index)
         assert ids[0, :300].tolist() == example.input_ids
         assert ids.shape == (1, 300 + answer) and answer <= example.max_new_tokens
         with torch.no_grad():
             greedy = model(ids).logits[0, 299:-1].argmax(-1)
         assert ids[0, 300:].tolist() == greedy.tolist()
     text = tokenizer(eval_fakes.haystack_text()).input_ids
-    assert found[-1][0][0].tolist() == text[600:900] and found[-1][1] == 0
+    assert [(ids[0].tolist(), answer) for ids, answer in found[-3:]] == [
+        (text[600:900], 0), (text[900:1200], 0), (text[1200:1500], 0)
+    ]  # fmt: skip
     last = runner.fit_prompts(model, tokenizer, 4, text_from=10**6)(300)[-1][0]
     assert last[0].tolist() == text[-300:]
-    assert len(runner.fit_prompts(model, tokenizer, 4, 0)(len(text) + 1)) == len(runner.FIT_TASKS)
+    assert len(runner.fit_prompts(model, tokenizer, 4, 0)(len(text) + 1)) == len(wanted)
 
 
 def test_density_is_the_oracles():

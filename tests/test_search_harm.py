@@ -64,7 +64,7 @@ def test_harm_is_the_divergence_of_predictions(family, answer):
         assert harms[2][0] < 1e-6
         for head, n in ((0, 0), (0, 1), (1, 0)):
             sparse = whole_forward(model, ids, rows, layer, head, options[head][n], prefill)
-            expected = (dense.exp() * (dense - sparse)).sum(-1).sum() / (1 if answer else rows)
+            expected = (1 - (-(dense.exp() * (dense - sparse)).sum(-1)).exp()).mean()
             assert harms[head][n] == pytest.approx(float(expected), rel=1e-2, abs=1e-6)
             assert harms[head][n] > 1e-6
     assert model.config._attn_implementation == before
@@ -128,11 +128,8 @@ def test_costs_are_the_budget_on_average(tmp_path):
     assert header["answers"] == [0, 12] and header["candidates"][-1] == {"kind": "dense"}
     harms = [record for record in records if "harms" in record]
     places = [(0, 0), (0, 1), (1, 0), (1, 1)]
-    expected = [(n, *place) for n in range(search_budget.ROUNDS) for place in places]
-    assert [(r["round"], r["prompt"], r["layer"]) for r in harms] == expected
-    joint = [r["joint"] for r in records if "joint" in r]
-    assert len(joint) == 2 * search_budget.ROUNDS and min(joint) >= 0
-    for record in harms[:4]:
+    assert [(r["prompt"], r["layer"]) for r in harms] == places
+    for record in harms:
         for head in range(4):
             known = record["harms"][head]
             assert 1 <= len(known) <= search_budget.MEASURED and min(known) >= 0
@@ -145,7 +142,7 @@ def test_costs_are_the_budget_on_average(tmp_path):
     assert sum(costs) / 8 <= budget_keys(budget, 1024)
 
 
-@pytest.mark.parametrize("runs", [0, 9, 33, 50])
+@pytest.mark.parametrize("runs", [0, 9, 33])
 def test_interrupted_search_goes_on_with_the_same_result(tmp_path, monkeypatch, runs):
     prompts, settings = [prompt(260), prompt(200, seed=1)], {
         "candidates": CHEAP, "budget": 0.6, "shared": "model", "answers": [3, 0],

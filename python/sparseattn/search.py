@@ -22,7 +22,7 @@ import torch
 from sparseattn import ops
 from sparseattn.config import PatternConfig, pattern_to_json
 from sparseattn.patterns import PATTERNS, AShape, Dense, Pattern
-from sparseattn.search_budget import MEASURED, ROUNDS, ModelBudget
+from sparseattn.search_budget import MEASURED, ModelBudget
 from sparseattn.search_cost import (
     TOLERANCE,
     budget_keys,
@@ -84,14 +84,15 @@ def search_patterns(
             enough), none is dropped, and the sum of the heads' errors is made small for costs that
             are the budget on average (``search_cost.share_out``). "model": all heads of the model
             share one budget, dense is a candidate too, and what is made small is the sum of the
-            harms: the divergence of the model's predictions from the dense ones when this head
-            alone is sparse (``search_harm``). It is measured for at most MEASURED options of a
-            head, those of the smallest errors for their costs: up to MEASURED * heads * layers
-            forwards of each prompt, each from the head's layer on.
+            harms: of the model's predictions that are lost when this head alone is sparse
+            (``search_harm``). Harm is measured for at most six options of a head, those of the
+            smallest errors for their costs, from the cheapest to the first that does none: up to
+            6 * heads * layers forwards of each prompt, each from the head's layer on. Their sum
+            of costs is at most the budget.
         answers: for each prompt how many of its last tokens are an answer. Their rows attend to all
-            keys, as in decode, and count for no error; with "model" harm is the sum over the rows
-            that predict them and what follows. Without an answer it is the mean over the last
-            rows (``search_harm.counted_rows``). None: no answers.
+            keys, as in decode, and count for no error; with "model" the rows that predict them and
+            what follows count, and of a prompt without an answer the last 1024, at most half
+            (``search_harm.counted_rows``). None: no answers.
         output: file that gets the config after every layer (layers not yet searched are dense).
             Beside it ``<output>.search.jsonl`` keeps all errors and costs, one line a layer.
         resume: go on from ``<output>.search.jsonl``, with the same result as without the
@@ -163,7 +164,7 @@ class _Search:
         if shared:
             header["shared"] = list(shares)
         if shared == "model":
-            header["measured"] = [MEASURED, ROUNDS, TEXT_ROWS, NO_HARM]
+            header["measured"] = [MEASURED, TEXT_ROWS, NO_HARM]
         self.journal = Journal(self.output, header, resume)
         self.model_budget = ModelBudget(self) if shared == "model" else None
         self.name = name

@@ -1,9 +1,12 @@
 """What a pattern of one head does to a model's predictions: the measure of a whole-model budget.
 
-The model runs with one head's attention output replaced and everything else dense, or as a base of
-patterns has it; harm is the Kullback-Leibler divergence of its next-token distributions from the
-dense model's. Only forward passes. They begin at the changed layer, from the hidden states that
-were there before, and dense attention in the last layer is for the rows that count only.
+The model runs with one head's attention output replaced by a sparse one and everything else
+dense. Harm is the share of its predictions that are lost: ``1 - exp(-d)``, averaged over the rows
+that count, with d the Kullback-Leibler divergence in nats of the row's next-token distribution
+from the dense model's. So it is about d where d is small, in a text and in an answer, and one
+token that is quite wrong weighs no more than one token. Only forward passes. They begin at the
+changed layer, from the dense hidden states, and the last layer attends for the rows that count
+only.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from sparseattn.search_model import attention_replaced
 
 #: Last rows of a prompt without an answer whose predictions count.
 TEXT_ROWS = 1024
-#: Nats: options of a head that cost more than one of this harm are not tried.
+#: Options of a head that cost more than one of this harm are not tried.
 NO_HARM = 1e-5
 _NEXT_TO_NOTHING = AShape(0, 1)
 _KL_ROWS = 128  # rows whose fp32 distributions exist at a time
@@ -39,32 +42,17 @@ class HarmMeter:
     ``layer_harms`` must be called for layers in ascending order, each at most once.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        ids: Tensor,
-        answer: int,
-        heads: int,
-        layers: int,
-        base: Sequence[Sequence[Pattern]] | None = None,
-    ) -> None:
-        """ids: int64 [1, L]; answer: how many of its last tokens are an answer (0: a text); base:
-        patterns ``[layer][head]`` of what is not changed, None for dense."""
+    def __init__(self, model: Any, ids: Tensor, answer: int, heads: int, layers: int) -> None:
+        """ids: int64 [1, L]; answer: how many of its last tokens are an answer (0: a text)."""
         self.model, self.heads, self.last = model, heads, layers - 1
         self.ids = ids.to(model.get_input_embeddings().weight.device)
-        self.answer, self.prefill = answer, ids.shape[1] - answer
+        self.prefill = ids.shape[1] - answer
         self.rows = counted_rows(ids.shape[1], answer)
         # The decoder's layers, where they can be skipped.
         blocks = getattr(model.base_model, "layers", None)
         self.blocks = list(blocks) if blocks is not None and len(blocks) == layers else []
-        self._hidden: dict[int, Any] = {}  # outputs of layers, nothing changed
-        self.base = None
-        self._reference = self._run(0, self._unchanged).log_softmax(-1)
-        self.base = base
-
-    def joint(self) -> float:
-        """The harm of the base."""
-        return self._divergence(self._run(0, self._unchanged))
+        self._hidden: dict[int, Any] = {}  # outputs of layers in the dense model
+        self._reference: Tensor | None = None
 
     def layer_harms(
         self,
@@ -72,11 +60,9 @@ class HarmMeter:
         options: Sequence[Sequence[Pattern]],
         advance: Callable[[int], None] = lambda count: None,
     ) -> list[list[float]]:
-        """Harms of one layer's heads: KL in nats, the sum over an answer's rows or the mean over a
-        text's.
+        """Harms of one layer's heads.
 
-        Without a base a head's options are tried in their order until one does next to no harm
-        (NO_HARM).
+        A head's options are tried in their order until one does next to no harm (NO_HARM).
 
         Args:
             options: by head, the cheapest first.
@@ -88,19 +74,21 @@ class HarmMeter:
         seen: dict[str, Any] = {}
 
         def record(at: int, q: Tensor, k: Tensor, v: Tensor, scale: Any, dense: Any) -> Tensor:
-            out = self._unchanged(at, q, k, v, scale, dense)
+            out = self._dense(at, q, k, v, scale, dense)
             if at == layer:
                 p = self.prefill
                 seen.update(q=q[:, :, :p], k=k[:, :, :p], v=v[:, :, :p], scale=scale, out=out)
             return out
 
-        self._run(layer, record, keep=layer)
+        logits = self._run(layer, record, keep=layer)
+        if self._reference is None:
+            self._reference = logits.log_softmax(-1)
         harms: list[list[float]] = [[] for _ in options]
         for n in range(max(map(len, options))):
             left = [
                 head
                 for head, own in enumerate(options)
-                if n < len(own) and not (n and self._enough(harms[head]))
+                if n < len(own) and (n == 0 or harms[head][-1] > NO_HARM)
             ]
             if not left:
                 break
@@ -112,11 +100,8 @@ class HarmMeter:
             for head in left:
                 harm = self._harm(layer, self._changed(seen["out"], out, head))
                 harms[head].append(harm)
-                advance(len(options[head]) - n if self._enough(harms[head]) else 1)
+                advance(len(options[head]) - n if harm <= NO_HARM else 1)
         return harms
-
-    def _enough(self, harms: list[float]) -> bool:
-        return self.base is None and harms[-1] <= NO_HARM
 
     def _changed(self, dense: Tensor, sparse: Tensor, head: int) -> Tensor:
         changed = dense.clone()
@@ -125,36 +110,26 @@ class HarmMeter:
 
     def _harm(self, layer: int, changed: Tensor) -> float:
         def attend(at: int, q: Tensor, k: Tensor, v: Tensor, scale: Any, dense: Any) -> Tensor:
-            return changed if at == layer else self._unchanged(at, q, k, v, scale, dense)
+            return changed if at == layer else self._dense(at, q, k, v, scale, dense)
 
-        return self._divergence(self._run(layer, attend))
+        return self._lost(self._run(layer, attend))
 
-    def _unchanged(
-        self, at: int, q: Tensor, k: Tensor, v: Tensor, scale: Any, dense: Any
-    ) -> Tensor:
-        if self.base is None and at < self.last:
+    def _dense(self, at: int, q: Tensor, k: Tensor, v: Tensor, scale: Any, dense: Any) -> Tensor:
+        if at < self.last:
             return dense()
         out = torch.zeros_like(q)  # of rows that do not count
-        rows = self.rows
-        if self.base is not None:
-            q_part, k_part, v_part = (x[:, :, : self.prefill] for x in (q, k, v))
-            out[:, :, : self.prefill] = ops.sparse_attention(
-                q_part, k_part, v_part, list(self.base[at]), scale=scale
-            )
-            rows = self.answer
-        if rows:
-            out[:, :, -rows:] = ops.sparse_attention(
-                q[:, :, -rows:], k, v, [Dense()] * self.heads, scale=scale
-            )
+        out[:, :, -self.rows :] = ops.sparse_attention(
+            q[:, :, -self.rows :], k, v, [Dense()] * self.heads, scale=scale
+        )
         return out
 
-    def _divergence(self, logits: Tensor) -> float:
+    def _lost(self, logits: Tensor) -> float:
         total = 0.0
+        assert self._reference is not None
         for own, dense in zip(logits.split(_KL_ROWS), self._reference.split(_KL_ROWS), strict=True):
-            log = own.log_softmax(-1)
-            total += float((dense.exp() * (dense - log)).sum())
-        total = max(0.0, total if self.answer else total / self.rows)
-        return float(f"{total:.6g}")  # the very number of the journal
+            divergence = (dense.exp() * (dense - own.log_softmax(-1))).sum(-1)
+            total -= float(torch.expm1(-divergence.clamp(min=0)).sum())
+        return float(f"{total / self.rows:.6g}")  # the very number of the journal
 
     def _run(self, layer: int, attend: Any, keep: int | None = None) -> Tensor:
         """fp32 [rows, vocabulary]: logits, with layers before ``layer`` left out where their output

@@ -12,15 +12,14 @@ from sparseattn.config import write_atomic
 
 class Journal:
     """All scores of a search: a header line, then one line for each layer of each prompt, of errors
-    (``records``) or of a round of harms (``harms``), and for the harm of all patterns together.
+    (``records``) or of harms (``harms``).
 
     Lines are only appended; a half-written last line is dropped on the next start.
     """
 
     def __init__(self, output: Path | None, header: dict[str, Any], resume: bool) -> None:
         self.records: dict[tuple[int, int], dict[str, Any]] = {}
-        self.harms: dict[tuple[int, int, int], list[list[float]]] = {}  # by round, prompt, layer
-        self.joint: dict[tuple[int, int], float] = {}  # by round, prompt
+        self.harms: dict[tuple[int, int], list[list[float]]] = {}
         self.path = None if output is None else output.with_name(output.name + ".search.jsonl")
         if self.path is None:
             return
@@ -57,9 +56,8 @@ class Journal:
         self._keep(record)
 
     def _keep(self, record: dict[str, Any]) -> None:
-        if "joint" in record:
-            self.joint[record["round"], record["prompt"]] = record["joint"]
-        elif "harms" in record:
-            self.harms[record["round"], record["prompt"], record["layer"]] = record["harms"]
+        key = record["prompt"], record["layer"]
+        if "harms" in record:
+            self.harms[key] = record["harms"]
         else:
-            self.records[record["prompt"], record["layer"]] = record
+            self.records[key] = record

@@ -24,13 +24,21 @@ DEFAULT_OUTPUT = "sparseattn-eval"
 PARTS = ("niah", "tasks", "perplexity")
 #: device type -> what is not given
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "cpu": {"lengths": (2048, 8192), "examples": 4, "depths": 5, "needles": 1, "windows": 1},
+    "cpu": {
+        "lengths": (2048, 8192),
+        "examples": 4,
+        "depths": 5,
+        "needles": 1,
+        "windows": 1,
+        "fit": "error",
+    },
     "cuda": {
         "lengths": (4096, 8192, 16384, 32768),
         "examples": 50,
         "depths": 11,
         "needles": 3,
         "windows": 4,
+        "fit": "harm",
     },
 }
 SMOKE: dict[str, Any] = {
@@ -77,6 +85,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     patterns = parser.add_argument_group("patterns")
     add = patterns.add_argument
     add("--density", type=float, help="share of dense attention's keys (default: 0.2)")
+    add(
+        "--fit",
+        choices=("harm", "error"),
+        help="vertical_slash and searched by what patterns do to the model's predictions, or to the "
+        "outputs of its heads (default: harm, which takes thousands of forwards; on the CPU error)",
+    )
     add(
         "--share",
         type=float,
@@ -244,6 +258,7 @@ def run(args: argparse.Namespace) -> int:
         "needles": args.needles,
         "density": args.density,
         "share": args.share,
+        "fit": args.fit,
         "patterns": None if given is None else _digest(given.dumps()),
         **{name: getattr(args, name) for name in ("rank", "budget", "chunk", "outliers")},
         "text": None if args.text is None else _digest(text or ""),
@@ -260,7 +275,7 @@ def run(args: argparse.Namespace) -> int:
         share=args.share,
         lengths=lengths,
         given=given,
-        by_harm=not args.smoke,  # takes longer than the rest of it
+        by_harm=args.fit == "harm",
     )
     work = runner.Runner(model, tokenizer, plan, book, record, text_ids, note=tqdm.write)
     with tqdm(

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -129,10 +129,11 @@ class PatternBook:
 
     vertical_slash and searched are fitted to the model for each of ``lengths`` on a few prompts,
     with ``sparseattn.search_patterns``: one budget of the density for the whole model, shared out
-    by what patterns do to its predictions; a head that needs all keys may get them. (By errors,
-    with one budget a layer, for a model of more than HARM_HEADS heads, or without ``by_harm``.)
-    They are kept in ``folder``. A prompt of another length gets the patterns of the nearest of
-    them, scaled, if it is within a quarter; else those of the largest power of two below.
+    by what patterns do to its predictions; a head that needs all keys may get them. (By errors of
+    outputs on the first prompt, with one budget a layer, for a model of more than HARM_HEADS heads,
+    or without ``by_harm``.) They are kept in ``folder``. A prompt of another length gets the
+    patterns of the nearest of them, scaled, if it is within a quarter; else those of the largest
+    power of two below.
     """
 
     def __init__(
@@ -198,23 +199,22 @@ class PatternBook:
                 candidates = vertical_slashes_of(length, self.density)
             if length not in self._prompts:
                 self._prompts[length] = self.prompts_of(length)
+            model = self.model.config
+            heads = model.num_hidden_layers * model.num_attention_heads
+            by_harm = self.by_harm and heads <= HARM_HEADS
+            prompts = self._prompts[length][: None if by_harm else 1]
             # Goes on from its own journal, or reads the result from it.
             self._kept[key] = search_patterns(
                 self.model,
-                [ids for ids, _ in self._prompts[length]],
+                [ids for ids, _ in prompts],
                 candidates=candidates,
                 budget=self.density,
-                shared=self._sharing(),
-                answers=[answer for _, answer in self._prompts[length]],
+                shared="model" if by_harm else "layer",
+                answers=[answer for _, answer in prompts],
                 output=self.folder / f"{prefill}-{length}.json",
                 progress=self.progress,
             )
         return self._kept[key]
-
-    def _sharing(self) -> Literal["layer", "model"]:
-        config = self.model.config
-        heads = config.num_hidden_layers * config.num_attention_heads
-        return "model" if self.by_harm and heads <= HARM_HEADS else "layer"
 
 
 # --- ShadowKV ------------------------------------------------------------------------------------
