@@ -88,8 +88,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--fit",
         choices=("harm", "error"),
-        help="vertical_slash and searched by what patterns do to the model's predictions, or to the "
-        "outputs of its heads (default: harm, which takes thousands of forwards; on the CPU error)",
+        help="vertical_slash and searched by what patterns do to the model's predictions, or to "
+        "heads' outputs (default: harm, which takes thousands of forwards; on the CPU error)",
     )
     add(
         "--share",
