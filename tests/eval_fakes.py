@@ -47,7 +47,17 @@ class Example:
     depth: float | None
 
 
-TASKS = {name: name for name in ("niah_single", "niah_multikey", "niah_multivalue", "common_words")}
+TASKS = {
+    name: name
+    for name in (
+        "niah_single",
+        "niah_multikey",
+        "niah_multivalue",
+        "niah_multiquery",
+        "variable_tracking",
+        "common_words",
+    )
+}
 
 
 def haystack_text() -> str:

@@ -107,13 +107,13 @@ def test_patterns_are_fitted_once_for_a_length(tmp_path):
     model = fresh("glm-2kv")
     asked = []
 
-    def prompt_of(length):
+    def prompts_of(length):
         asked.append(length)
-        return tokens(1, length)
+        return [(tokens(1, length + 5), 5), (tokens(1, length), 0)]
 
     def book():
         return methods.PatternBook(
-            model, prompt_of, tmp_path, density=0.8, share=0.9, lengths=(512,)
+            model, prompts_of, tmp_path, density=0.8, share=0.9, lengths=(512,)
         )
 
     own = book()
@@ -126,15 +126,46 @@ def test_patterns_are_fitted_once_for_a_length(tmp_path):
     longer = own.config("vertical_slash", 600).layers
     for row, scaled in zip(own.config("vertical_slash", 512).layers, longer, strict=True):
         assert [methods.scaled(pattern, 600 / 512) for pattern in row] == list(scaled)
-    assert set(asked) == {512}
+    assert asked == [512]  # the same prompts for both
     kinds = {type(p) for row in own.config("vertical_slash", 512).layers for p in row}
-    assert kinds == {VerticalSlash}
+    assert kinds <= {VerticalSlash, Dense}
     assert PatternConfig.load(tmp_path / "searched-512.json").layers == (
         own.config("searched", 512).layers
     )
     assert book().config("searched", 512).layers == own.config("searched", 512).layers
+    journal = (tmp_path / "searched-512.json.search.jsonl").read_text()
+    assert '"harms"' in journal
+    asked.clear()
+    by_error = methods.PatternBook(
+        model, prompts_of, tmp_path / "error", density=0.8, share=0.9, lengths=(512,), by_harm=False
+    )
+    by_error.config("vertical_slash", 512)
+    journal = (tmp_path / "error" / "vertical_slash-512.json.search.jsonl").read_text()
+    assert '"harms"' not in journal and '"prompt": 1' not in journal
     own.config("vertical_slash", 1500)  # far from 512: of the power of two below
     assert set(asked) == {512, 1024}
+
+
+def test_what_patterns_are_fitted_on(fakes):
+    """A prompt of every family with the model's own answer, and text after perplexity's."""
+    model, tokenizer = eval_fakes.load(dtype=torch.float32)
+    found = runner.fit_prompts(model, tokenizer, seed=4, text_from=600)(300)
+    wanted = [(t, runner.FIT_TASKS[:n].count(t)) for n, t in enumerate(runner.FIT_TASKS)]
+    assert len(found) == len(wanted) + runner.FIT_WINDOWS and ("niah_multivalue", 2) in wanted
+    for (ids, answer), (task, index) in zip(found, wanted, strict=False):
+        example = eval_fakes.make(task, tokenizer, 300, seed=4 + runner.FIT_SEED, index=index)
+        assert ids[0, :300].tolist() == example.input_ids
+        assert ids.shape == (1, 300 + answer) and answer <= example.max_new_tokens
+        with torch.no_grad():
+            greedy = model(ids).logits[0, 299:-1].argmax(-1)
+        assert ids[0, 300:].tolist() == greedy.tolist()
+    text = tokenizer(eval_fakes.haystack_text()).input_ids
+    assert [(ids[0].tolist(), answer) for ids, answer in found[-3:]] == [
+        (text[600:900], 0), (text[900:1200], 0), (text[1200:1500], 0)
+    ]  # fmt: skip
+    last = runner.fit_prompts(model, tokenizer, 4, text_from=10**6)(300)[-1][0]
+    assert last[0].tolist() == text[-300:]
+    assert len(runner.fit_prompts(model, tokenizer, 4, 0)(len(text) + 1)) == len(wanted)
 
 
 def test_density_is_the_oracles():
@@ -342,7 +373,7 @@ def test_a_given_config_is_taken_as_it_is(fakes, tmp_path):
     (["--lengths", "8192"], "--lengths: expected at most the model's 4096 tokens, got 8192"),
     (["--lengths", "8"], "--lengths: expected at least 64 tokens, got 8"),
     (["--density", "1.5"], "--density: expected 0 < density < 1, got 1.5"),
-    (["--density", "0.2"], "--lengths: expected at least 2425 tokens to search patterns"),
+    (["--density", "0.1"], "--lengths: expected at least 1136 tokens to search patterns"),
     (["--share", "2"], "--share: expected 1e-6 <= share <= 1, got 2.0"),
     (["--rank", "24"], "rank: expected a positive multiple of 16, got 24"),
     (["--examples", "0"], "--examples: expected at least 1, got 0"),

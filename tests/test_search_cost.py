@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from sparseattn.search_cost import (
     default_candidates,
     dense_cost,
     fit,
+    frontier,
     measured_cost,
     share_out,
     shrink,
@@ -171,3 +174,43 @@ def test_heads_share_a_budget():
     assert share_out(options, 9.9) == [1, 1, 1]  # 20 does not fit any more
     assert share_out(options, 3.4) == [0, 0, 1]  # nor 8
     assert share_out(options, 1.0) == [0, 0, 1]  # nothing is cheaper
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_shares_are_the_best_there_are(seed):
+    """Against all choices, where each step costs one and gains less than the one before."""
+    draw = random.Random(seed)
+    options = []
+    for _ in range(4):
+        error, own = 10.0, []
+        gains = sorted((draw.random() for _ in range(draw.randrange(1, 5))), reverse=True)
+        for cost, gain in enumerate([0.0, *gains]):
+            error -= gain
+            own.append((error, float(cost)))
+        draw.shuffle(own)
+        options.append(own)
+    for limit in (0.0, 0.75, 1.5, 9.0):
+        chosen = share_out(options, limit)
+        picked = [own[i] for own, i in zip(options, chosen, strict=True)]
+        assert sum(cost for _, cost in picked) <= 4 * limit
+        best = min(
+            sum(error for error, _ in choice)
+            for choice in itertools.product(*options)
+            if sum(cost for _, cost in choice) <= 4 * limit
+        )
+        assert sum(error for error, _ in picked) == pytest.approx(best)
+
+
+def test_frontier():
+    options = [(0.5, 4.0), (0.4, 8.0), (0.6, 9.0), (0.5, 5.0), (0.1, 9.0), (0.45, 4.0), (0.9, 1.0)]
+    assert frontier(options, 9) == [6, 5, 1, 4]
+    assert frontier(options, 2) == [6, 4]
+    assert frontier(options, 3) == [6, 1, 4]
+    assert frontier([], 3) == []
+    for seed in range(10):
+        draw = random.Random(seed)
+        options = [(draw.randrange(9), draw.randrange(9)) for _ in range(12)]
+        kept = frontier(options, 99)
+        for error, cost in options:
+            assert any(options[i][0] <= error and options[i][1] <= cost for i in kept)
+        assert len({options[i] for i in kept}) == len(kept)

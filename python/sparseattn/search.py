@@ -10,19 +10,19 @@ diagonals.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from sparseattn import ops
-from sparseattn.config import PatternConfig, pattern_to_json, write_atomic
+from sparseattn.config import PatternConfig, pattern_to_json
 from sparseattn.patterns import PATTERNS, AShape, Dense, Pattern
+from sparseattn.search_budget import MEASURED, ModelBudget
 from sparseattn.search_cost import (
     TOLERANCE,
     budget_keys,
@@ -32,11 +32,15 @@ from sparseattn.search_cost import (
     share_out,
     shrink,
 )
+from sparseattn.search_harm import NO_HARM, TEXT_ROWS
+from sparseattn.search_journal import Journal
 from sparseattn.search_model import attention_visitor, checked_prompts, digest, fingerprint
 
 DEFAULT_BUDGET = 0.1
 #: Parts of the budget at which candidates take part where heads share it.
 SHARES = (0.5, 1.0, 2.0, 4.0)
+#: The same where all heads of the model do: most need little.
+MODEL_SHARES = (0.125, 0.25, *SHARES)
 _MOST = 0.95  # of dense attention's keys: what default candidates may cost
 # Stands in for a candidate that a head does not take; its output is not looked at.
 _NEXT_TO_NOTHING = AShape(0, 1)
@@ -48,7 +52,8 @@ def search_patterns(
     *,
     candidates: Sequence[Pattern] | None = None,
     budget: float | None = None,
-    shared: bool = False,
+    shared: bool | Literal["layer", "model"] = False,
+    answers: Sequence[int] | None = None,
     output: str | os.PathLike[str] | None = None,
     resume: bool = True,
     progress: bool = True,
@@ -74,10 +79,20 @@ def search_patterns(
             longest prompt.
         budget: share of dense attention's keys, 0 < budget < 1. None: 0.1 with the default
             candidates, no limit with given ones.
-        shared: heads of a layer share its budget: candidates take part at half the budget, once,
-            twice and four times it (those given only as far as they are large enough), none is
-            dropped, and the sum of the heads' errors is made small for costs that are the budget
-            on average (``search_cost.share_out``).
+        shared: "layer" (or True): heads of a layer share its budget: candidates take part at half
+            the budget, once, twice and four times it (those given only as far as they are large
+            enough), none is dropped, and the sum of the heads' errors is made small for costs that
+            are the budget on average (``search_cost.share_out``). "model": all heads of the model
+            share one budget, dense is a candidate too, and what is made small is the sum of the
+            harms: of the model's predictions that are lost when this head alone is sparse
+            (``search_harm``). Harm is measured for at most six options of a head, those of the
+            smallest errors for their costs, from the cheapest to the first that does none: up to
+            6 * heads * layers forwards of each prompt, each from the head's layer on. Their sum
+            of costs is at most the budget.
+        answers: for each prompt how many of its last tokens are an answer. Their rows attend to all
+            keys, as in decode, and count for no error; with "model" the rows that predict them and
+            what follows count, and of a prompt without an answer the last 1024, at most half
+            (``search_harm.counted_rows``). None: no answers.
         output: file that gets the config after every layer (layers not yet searched are dense).
             Beside it ``<output>.search.jsonl`` keeps all errors and costs, one line a layer.
         resume: go on from ``<output>.search.jsonl``, with the same result as without the
@@ -88,7 +103,7 @@ def search_patterns(
         TypeError, ValueError: bad arguments; a model with sliding-window layers or with attention
             that does not go through the interface; files of a search with other settings.
     """
-    search = _Search(model, prompt_ids, candidates, budget, output, resume, shared)
+    search = _Search(model, prompt_ids, candidates, budget, output, resume, shared, answers)
     return search.run(progress)
 
 
@@ -101,14 +116,17 @@ class _Search:
         budget: float | None,
         output: str | os.PathLike[str] | None,
         resume: bool,
-        shared: bool = False,
+        shared: bool | str = False,
+        answers: Sequence[int] | None = None,
     ) -> None:
+        if shared not in (False, True, "layer", "model"):
+            raise ValueError(f"shared: expected False, True, 'layer' or 'model', got {shared!r}")
         self.model = model
-        self.shared = shared
+        self.shared = "layer" if shared is True else shared
         config = model.config.get_text_config()
         self.layers, self.heads = config.num_hidden_layers, config.num_attention_heads
-        self.prompts = checked_prompts(prompt_ids, config.vocab_size)
-        longest = self.prompts[0].shape[1]
+        self.prompts = checked_prompts(prompt_ids, config.vocab_size, answers)
+        longest = self.prompts[0][0].shape[1] - self.prompts[0][1]
         if budget is None and candidates is None:
             budget = DEFAULT_BUDGET
         self.limit = None if budget is None else TOLERANCE * budget_keys(budget, longest)
@@ -118,12 +136,16 @@ class _Search:
         # Of every candidate the part of the budget that it may cost a head.
         self.parts: list[float] = []
         self.candidates: list[Pattern] = []
-        for part in SHARES if shared else (1.0,):
+        shares = {False: (1.0,), "layer": SHARES, "model": MODEL_SHARES}[self.shared]
+        for part in shares:
             own = given
             if own is None:
-                own = default_candidates(longest, min(_MOST, part * budget) if shared else budget)
+                own = self._default_candidates(longest, part, budget)
             self.candidates += own
             self.parts += [part] * len(own)
+        if shared == "model" and Dense() not in self.candidates:
+            self.candidates.append(Dense())
+            self.parts.append(math.inf)
         self.output = None if output is None else Path(output)
         name = getattr(model.config, "_name_or_path", "") or None
         header = {
@@ -133,14 +155,29 @@ class _Search:
             "shape": [self.layers, self.heads],
             "dtype": str(model.dtype),
             "weights": fingerprint(model),
-            "prompts": [digest(ids) for ids in self.prompts],
+            "prompts": [digest(ids) for ids, _ in self.prompts],
             "candidates": [pattern_to_json(pattern) for pattern in self.candidates],
             "budget": budget,
         }
+        if any(answer for _, answer in self.prompts):
+            header["answers"] = [answer for _, answer in self.prompts]
         if shared:
-            header["shared"] = list(SHARES)
-        self.journal = _Journal(self.output, header, resume)
+            header["shared"] = list(shares)
+        if shared == "model":
+            header["measured"] = [MEASURED, TEXT_ROWS, NO_HARM]
+        self.journal = Journal(self.output, header, resume)
+        self.model_budget = ModelBudget(self) if shared == "model" else None
         self.name = name
+
+    def _default_candidates(self, length: int, part: float, budget: float) -> list[Pattern]:
+        try:
+            return default_candidates(length, min(_MOST, part * budget) if self.shared else budget)
+        except ValueError:
+            # Too short a prompt for this part; the largest must do.
+            if self.shared and part < SHARES[-1]:
+                budget_keys(budget, length)
+                return []
+            raise
 
     def run(self, progress: bool) -> PatternConfig:
         from tqdm.auto import tqdm
@@ -153,11 +190,14 @@ class _Search:
             unit="run",
             disable=not progress,
         ) as bar:
-            for number, ids in enumerate(self.prompts):
+            for number, (ids, _) in enumerate(self.prompts):
                 if all((number, layer) in self.journal.records for layer in range(self.layers)):
                     continue
                 self._run_prompt(number, ids, bar)
         self._write()
+        if self.model_budget is not None:
+            self.model_budget.run(progress)
+            self._write()
         return self.config()
 
     def _run_prompt(self, number: int, ids: torch.Tensor, bar: Any) -> None:
@@ -190,6 +230,8 @@ class _Search:
         bar: Any,
     ) -> dict[str, Any]:
         """Errors of all candidates for all heads: one record of the journal."""
+        prefill = q.shape[2] - self.prompts[number][1]
+        q, k, v, dense = (x[:, :, :prefill] for x in (q, k, v, dense))
         if q.shape[1] != self.heads:
             raise ValueError(
                 f"model: expected {self.heads} query heads in layer {layer}, got {q.shape[1]}"
@@ -237,15 +279,20 @@ class _Search:
                     steps[c][head] = None
         return {"steps": steps, "costs": [[float(f"{x:.6g}") for x in f[1]] for f in fits]}
 
-    def best(self, layer: int) -> list[tuple[Pattern, float, float]]:
-        """Pattern, mean error and cost of the winner of every head, over the prompts done."""
+    def pattern(self, layer: int, head: int, candidate: int) -> Pattern:
+        """The candidate as the budget rule left it for this head."""
+        steps = self.journal.records[0, layer]["steps"][candidate][head]
+        return shrink(self.candidates[candidate], steps)
+
+    def options(self, layer: int) -> list[list[tuple[float, float, int]]]:
+        """Mean error over the prompts done, cost and candidate of every option, by head."""
         first = self.journal.records[0, layer]
         done = [
             self.journal.records[number, layer]["errors"]
             for number in range(len(self.prompts))
             if (number, layer) in self.journal.records
         ]
-        ranked = [
+        return [
             [
                 (sum(errors[c][head] for errors in done) / len(done), first["costs"][c][head], c)
                 for c in range(len(self.candidates))
@@ -253,17 +300,22 @@ class _Search:
             ]
             for head in range(self.heads)
         ]
-        if self.shared:
-            assert self.limit is not None
-            chosen = share_out([[option[:2] for option in own] for own in ranked], self.limit)
-        else:
-            chosen = [own.index(min(own)) for own in ranked]
-        winners = []
-        for head, own in enumerate(ranked):
-            error, cost, c = own[chosen[head]]
-            pattern = shrink(self.candidates[c], first["steps"][c][head])
-            winners.append((pattern, error, cost))
-        return winners
+
+    def best(self, layer: int) -> list[tuple[Pattern, float, float]]:
+        """Pattern, mean error (harm, once known) and cost of every head's winner."""
+        winners = None if self.model_budget is None else self.model_budget.winners(layer)
+        if winners is None:
+            ranked = self.options(layer)
+            if self.shared:
+                assert self.limit is not None
+                chosen = share_out([[option[:2] for option in own] for own in ranked], self.limit)
+            else:
+                chosen = [own.index(min(own)) for own in ranked]
+            winners = [own[i] for own, i in zip(ranked, chosen, strict=True)]
+        return [
+            (self.pattern(layer, head, c), error, cost)
+            for head, (error, cost, c) in enumerate(winners)
+        ]
 
     def config(self) -> PatternConfig:
         layers = [
@@ -288,49 +340,6 @@ class _Search:
             error, cost = (sum(column) / count for column in zip(*own, strict=True))
             lines.append(f"{count:5d}  {error:10.4f}  {cost:8.0f}  {pattern}")
         return "\n".join(lines)
-
-
-class _Journal:
-    """All scores of a search: a header line, then one line for each layer of each prompt.
-
-    Lines are only appended; a half-written last line is dropped on the next start.
-    """
-
-    def __init__(self, output: Path | None, header: dict[str, Any], resume: bool) -> None:
-        self.records: dict[tuple[int, int], dict[str, Any]] = {}
-        self.path = None if output is None else output.with_name(output.name + ".search.jsonl")
-        if self.path is None:
-            return
-        lines = [json.dumps(header)]
-        if resume and self.path.is_file():
-            lines += self._read(self.path.read_text(encoding="utf-8"), header)
-        write_atomic(self.path, "\n".join(lines) + "\n")
-
-    def _read(self, text: str, header: dict[str, Any]) -> list[str]:
-        complete = text.split("\n")[:-1]
-        try:
-            found, *records = [json.loads(line) for line in complete]
-        except ValueError as error:
-            raise ValueError(f"{self.path}: expected lines of a search, got: {error}") from error
-        differing = [
-            key for key in header if not isinstance(found, dict) or found.get(key) != header[key]
-        ]
-        if differing:
-            raise ValueError(
-                f"{self.path}: expected a search with the same settings, got other "
-                f"{', '.join(differing)}; choose another output, or resume=False to start anew"
-            )
-        self.records = {(record["prompt"], record["layer"]): record for record in records}
-        return complete[1:]
-
-    def add(self, record: dict[str, Any]) -> None:
-        line = json.dumps(record)
-        if self.path is not None:
-            with open(self.path, "a", encoding="utf-8", newline="\n") as file:
-                file.write(line + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        self.records[record["prompt"], record["layer"]] = record
 
 
 def _relative_errors(out: torch.Tensor, dense: torch.Tensor) -> list[float]:
@@ -377,8 +386,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--share-budget",
-        action="store_true",
-        help="heads of a layer share its budget: some cost more, some less",
+        nargs="?",
+        choices=("layer", "model"),
+        const="layer",
+        default=False,
+        help="heads of a layer (the default) or of the whole model share one budget: some cost "
+        "more, some less; for the whole model by what patterns do to its predictions",
     )
     parser.add_argument("--restart", action="store_true", help="do not go on from an earlier run")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")

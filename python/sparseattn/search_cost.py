@@ -207,12 +207,13 @@ def default_candidates(length: int, budget: float) -> list[Pattern]:
 
 
 def share_out(options: Sequence[Sequence[tuple[float, float]]], limit: float) -> list[int]:
-    """One option for every head of a layer, so that they cost at most ``limit`` a head on average.
+    """One option for every head of those that share a budget (of a layer, or of the whole model),
+    so that they cost at most ``limit`` a head on average.
 
-    ``options[head]`` are (error, cost). All heads begin with their cheapest (equal costs: the
-    smaller error); then whatever lowers an error by most for what it costs more is taken, as long
-    as the budget has room for it (equal gains: the first head, its first option). Where the
-    cheapest cost more than the limit, they are the choice.
+    ``options[head]`` are (error, cost); any measure of harm does for an error. All heads begin with
+    their cheapest (equal costs: the smaller error); then whatever lowers an error by most for what
+    it costs more is taken, as long as the budget has room for it (equal gains: the first head, its
+    first option). Where the cheapest cost more than the limit, they are the choice.
     """
     chosen = [
         min(range(len(own)), key=lambda i, own=own: (own[i][1], own[i][0])) for own in options
@@ -233,6 +234,18 @@ def share_out(options: Sequence[Sequence[tuple[float, float]]], limit: float) ->
         _, head, i = best
         left -= options[head][i][1] - options[head][chosen[head]][1]
         chosen[head] = i
+
+
+def frontier(options: Sequence[tuple[float, float]], most: int) -> list[int]:
+    """Options (error, cost) that no other is better than in both, in the order of costs; of more
+    than ``most`` some of every cost, with the cheapest and the best."""
+    kept: list[int] = []
+    for i in sorted(range(len(options)), key=lambda i: (options[i][1], options[i][0], i)):
+        if not kept or options[i][0] < options[kept[-1]][0]:
+            kept.append(i)
+    if len(kept) <= most:
+        return kept
+    return [kept[round(n * (len(kept) - 1) / max(1, most - 1))] for n in range(most)]
 
 
 def check_candidates(candidates: Sequence[Pattern]) -> list[Pattern]:

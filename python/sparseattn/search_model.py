@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -13,8 +13,11 @@ _NAME = "sparseattn_search"
 
 
 @contextmanager
-def attention_visitor(model: Any, visit: Any) -> Iterator[None]:
-    """Within it the model's attention is SDPA, and ``visit`` sees each layer's call."""
+def attention_replaced(model: Any, attend: Any) -> Iterator[None]:
+    """Within it each layer's attention is ``attend(layer, q, k, v, scale, dense)``.
+
+    ``attend`` returns the output ``[B, Hq, L, D]``; ``dense()`` computes SDPA's.
+    """
     from transformers import AttentionInterface
 
     interface = AttentionInterface()
@@ -27,9 +30,12 @@ def attention_visitor(model: Any, visit: Any) -> Iterator[None]:
                 f"model: expected attention over the whole prompt, got a window of {window} keys "
                 f"in layer {module.layer_idx} (prompt: {key.shape[2]} tokens)"
             )
-        out, weights = dense_attention(module, query, key, value, mask, **kwargs)
-        visit(module.layer_idx, query, key, value, kwargs.get("scaling"), out.transpose(1, 2))
-        return out, weights
+
+        def dense() -> Any:
+            return dense_attention(module, query, key, value, mask, **kwargs)[0].transpose(1, 2)
+
+        out = attend(module.layer_idx, query, key, value, kwargs.get("scaling"), dense)
+        return out.transpose(1, 2).contiguous(), None
 
     before, training = model.config._attn_implementation, model.training
     AttentionInterface.register(_NAME, attention)
@@ -49,11 +55,29 @@ def attention_visitor(model: Any, visit: Any) -> Iterator[None]:
         AttentionInterface._global_mapping.pop(_NAME, None)
 
 
-def checked_prompts(prompt_ids: Any, vocab_size: int) -> list[torch.Tensor]:
-    """Prompts as int64 [1, L], longest first: the longest decides on sizes."""
+def attention_visitor(model: Any, visit: Any) -> AbstractContextManager[None]:
+    """Within it the model's attention is SDPA, and ``visit`` sees each layer's call."""
+
+    def attend(layer: int, q: Any, k: Any, v: Any, scale: float | None, dense: Any) -> Any:
+        out = dense()
+        visit(layer, q, k, v, scale, out)
+        return out
+
+    return attention_replaced(model, attend)
+
+
+def checked_prompts(
+    prompt_ids: Any, vocab_size: int, answers: Sequence[int] | None = None
+) -> list[tuple[torch.Tensor, int]]:
+    """Prompts as int64 [1, L], each with how many of its last tokens are an answer; those with the
+    most other tokens first: the first decides on sizes."""
     prompts = [prompt_ids] if isinstance(prompt_ids, torch.Tensor) else prompt_ids
     if not isinstance(prompts, (list, tuple)) or not prompts:
         raise TypeError(f"prompt_ids: expected a tensor or a list of tensors, got {prompt_ids!r}")
+    if answers is not None and len(answers) != len(prompts):
+        raise ValueError(
+            f"answers: expected a number for each of {len(prompts)} prompts, got {len(answers)}"
+        )
     checked = []
     for number, ids in enumerate(prompts):
         name = f"prompt_ids[{number}]"
@@ -67,8 +91,14 @@ def checked_prompts(prompt_ids: Any, vocab_size: int) -> list[torch.Tensor]:
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= vocab_size:
             raise ValueError(f"{name}: expected ids in 0..{vocab_size - 1}, got {low}..{high}")
-        checked.append(ids.long().cpu())
-    return sorted(checked, key=lambda ids: -ids.shape[1])
+        answer = 0 if answers is None else answers[number]
+        if not 0 <= answer < ids.shape[1]:
+            raise ValueError(
+                f"answers[{number}]: expected 0..{ids.shape[1] - 1} of the prompt's "
+                f"{ids.shape[1]} tokens, got {answer}"
+            )
+        checked.append((ids.long().cpu(), answer))
+    return sorted(checked, key=lambda prompt: prompt[1] - prompt[0].shape[1])
 
 
 def digest(ids: torch.Tensor) -> str:

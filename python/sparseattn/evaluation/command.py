@@ -24,13 +24,21 @@ DEFAULT_OUTPUT = "sparseattn-eval"
 PARTS = ("niah", "tasks", "perplexity")
 #: device type -> what is not given
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "cpu": {"lengths": (2048, 8192), "examples": 4, "depths": 5, "needles": 1, "windows": 1},
+    "cpu": {
+        "lengths": (2048, 8192),
+        "examples": 4,
+        "depths": 5,
+        "needles": 1,
+        "windows": 1,
+        "fit": "error",
+    },
     "cuda": {
         "lengths": (4096, 8192, 16384, 32768),
         "examples": 50,
         "depths": 11,
         "needles": 3,
         "windows": 4,
+        "fit": "harm",
     },
 }
 SMOKE: dict[str, Any] = {
@@ -77,6 +85,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     patterns = parser.add_argument_group("patterns")
     add = patterns.add_argument
     add("--density", type=float, help="share of dense attention's keys (default: 0.2)")
+    add(
+        "--fit",
+        choices=("harm", "error"),
+        help="vertical_slash and searched by what patterns do to the model's predictions, or to "
+        "heads' outputs (default: harm, which takes thousands of forwards; on the CPU error)",
+    )
     add(
         "--share",
         type=float,
@@ -172,7 +186,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm.auto import tqdm
 
     from sparseattn.config import PatternConfig
-    from sparseattn.evaluation import methods, published, report, runner, tasks
+    from sparseattn.evaluation import forward, methods, published, report, runner, tasks
     from sparseattn.evaluation import model as models
     from sparseattn.evaluation.record import Record
     from sparseattn.search_model import fingerprint
@@ -207,7 +221,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--max-length: expected a length, as the model names no limit")
     sizes = methods.ShadowSizes(args.rank, args.budget, args.chunk, args.outliers)
     methods.check(chosen, model, sizes, args.density, args.share, lengths, given)
-    text_ids = None if text is None else _first_tokens(tokenizer, text, 2 * lengths[-1])
+    text_ids = None if text is None else forward.first_tokens(tokenizer, text, 2 * lengths[-1])
     if args.text is not None and text_ids is not None and len(text_ids) < lengths[0]:
         raise ValueError(
             f"--text: expected at least {lengths[0]} tokens, got the {len(text_ids)} of {args.text}"
@@ -244,6 +258,7 @@ def run(args: argparse.Namespace) -> int:
         "needles": args.needles,
         "density": args.density,
         "share": args.share,
+        "fit": args.fit,
         "patterns": None if given is None else _digest(given.dumps()),
         **{name: getattr(args, name) for name in ("rank", "budget", "chunk", "outliers")},
         "text": None if args.text is None else _digest(text or ""),
@@ -253,12 +268,14 @@ def run(args: argparse.Namespace) -> int:
     record = Record(folder / "eval.json", settings, _machine(model.device))
     book = methods.PatternBook(
         model,
-        runner.fit_prompt(tokenizer, args.seed),
+        # Perplexity is measured on the text's tokens before these.
+        runner.fit_prompts(model, tokenizer, args.seed, 2 * lengths[-1] if lengths else 0),
         folder / "patterns",
         density=args.density,
         share=args.share,
         lengths=lengths,
         given=given,
+        by_harm=args.fit == "harm",
     )
     work = runner.Runner(model, tokenizer, plan, book, record, text_ids, note=tqdm.write)
     with tqdm(
@@ -279,14 +296,6 @@ def run(args: argparse.Namespace) -> int:
     print(report.text(record.data()))
     print(f"\nwrote {', '.join(str(path) for path in (record.path, *written))}")
     return 0
-
-
-def _first_tokens(tokenizer: Any, text: str, count: int) -> list[int]:
-    """At most ``count`` tokens of the text, of which no more than needed is tokenised."""
-    ids = list(tokenizer(text[: 8 * count], verbose=False).input_ids)
-    if len(ids) < count and len(text) > 8 * count:
-        ids = list(tokenizer(text, verbose=False).input_ids)
-    return ids[:count]
 
 
 def _digest(text: str) -> str:

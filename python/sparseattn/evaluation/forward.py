@@ -30,6 +30,14 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return list(ends) if isinstance(ends, (list, tuple)) else [ends]
 
 
+def first_tokens(tokenizer: Any, text: str, count: int) -> list[int]:
+    """At most ``count`` tokens of the text, of which no more than needed is tokenised."""
+    ids = list(tokenizer(text[: 8 * count], verbose=False).input_ids)
+    if len(ids) < count and len(text) > 8 * count:
+        ids = list(tokenizer(text, verbose=False).input_ids)
+    return ids[:count]
+
+
 @torch.no_grad()
 def generate(
     model: Any, ids: Tensor, max_new_tokens: int, cache: Any, ends: list[int]

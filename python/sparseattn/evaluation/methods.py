@@ -26,7 +26,7 @@ from sparseattn.search_cost import TILE, block_sparse_cost, budget_keys
 PREFILLS = {
     "dense": "all keys",
     "a_shape": "every head the first keys and the latest",
-    "vertical_slash": "every head columns and offsets, more for those that need them",
+    "vertical_slash": "every head columns and offsets, or all keys where it needs them",
     "block_sparse": "every head the best key blocks of 64",
     "searched": "every head the pattern that search finds at that density",
     "adaptive": "every head columns and offsets that cover a share of its attention mass",
@@ -35,6 +35,8 @@ SHADOWKV = "shadowkv"
 DEFAULT = (*PREFILLS, SHADOWKV, f"searched+{SHADOWKV}")
 #: Columns and offsets that adaptive may take: this part of the prompt's keys.
 ADAPTIVE_LIMIT = 0.5
+#: Models of more heads are searched by errors: harm takes a few forwards a head and prompt.
+HARM_HEADS = 256
 _MOST = 0.9  # of all keys: a head's candidates
 _MIN_BOXES = 4  # of 64 keys, that a search needs in a row (search_cost.default_candidates)
 
@@ -90,8 +92,8 @@ def block_sparse_of(length: int, density: float) -> BlockSparse:
 
 def vertical_slashes_of(length: int, density: float) -> list[VerticalSlash]:
     """Candidates for a head: from few columns to many, and as many offsets as four times the
-    density has keys for if they lay together; heads share the density, and where a head's offsets
-    lie apart the search's budget rule takes some away."""
+    density has keys for if they lay together; the search's budget rule takes offsets away for what
+    a head may cost, and where they lie apart."""
     offsets = max(TILE, round(near_keys(length, min(_MOST, SHARES[-1] * density))))
     return [VerticalSlash(max(1, length // part), offsets) for part in (128, 36, 14, 5)]
 
@@ -113,7 +115,9 @@ def scaled(pattern: Pattern, factor: float) -> Pattern:
 
 
 def shortest_search(density: float) -> int:
-    """The shortest prompt, in tokens, on which patterns of this density can be searched."""
+    """The shortest prompt, in tokens, on which patterns of this density can be searched: with
+    candidates of the largest cost that a head may have."""
+    density = min(_MOST, SHARES[-1] * density)
     length = int(_MIN_BOXES * TILE / (1 - math.sqrt(1 - density)))
     while int(near_keys(length, density)) // TILE < _MIN_BOXES:
         length += 1
@@ -123,30 +127,37 @@ def shortest_search(density: float) -> int:
 class PatternBook:
     """Patterns of a model for prompts of any length.
 
-    vertical_slash and searched are fitted to the model on one prompt of each of ``lengths``, with
-    ``sparseattn.search_patterns`` and a budget of the density, and kept in ``folder``. A prompt of
-    another length gets the patterns of the nearest of them, scaled, if it is within a quarter;
-    else those of the largest power of two below.
+    vertical_slash and searched are fitted to the model for each of ``lengths`` on a few prompts,
+    with ``sparseattn.search_patterns``: one budget of the density for the whole model, shared out
+    by what patterns do to its predictions; a head that needs all keys may get them. (By errors of
+    outputs on the first prompt, with one budget a layer, for a model of more than HARM_HEADS heads,
+    or without ``by_harm``.) They are kept in ``folder``. A prompt of another length gets the
+    patterns of the nearest of them, scaled, if it is within a quarter; else those of the largest
+    power of two below.
     """
 
     def __init__(
         self,
         model: Any,
-        prompt_of: Callable[[int], torch.Tensor],
+        prompts_of: Callable[[int], Sequence[tuple[torch.Tensor, int]]],
         folder: Path,
         *,
         density: float,
         share: float,
         lengths: Sequence[int] = (),
         given: PatternConfig | None = None,
+        by_harm: bool = True,
         progress: bool = False,
     ) -> None:
-        """prompt_of(length): int64 [1, length], the prompt to fit patterns on. given: what
-        searched takes instead of a search, at every length as it is."""
-        self.model, self.prompt_of, self.folder = model, prompt_of, folder
+        """prompts_of(length): what to fit patterns on, int64 [1, length + answer], each with how
+        many of its last tokens are an answer (0: text). given: what searched takes instead of a
+        search, at every length as it is."""
+        self.model, self.prompts_of, self.folder = model, prompts_of, folder
         self.density, self.share, self.given = density, share, given
+        self.by_harm = by_harm
         self.lengths, self.progress = tuple(lengths), progress
         self._kept: dict[tuple[str, int], PatternConfig] = {}
+        self._prompts: dict[int, Sequence[tuple[torch.Tensor, int]]] = {}
 
     def config(self, prefill: str, length: int) -> PatternConfig | None:
         """Patterns for prompts of ``length`` tokens; None for dense."""
@@ -186,13 +197,20 @@ class PatternBook:
             candidates = None
             if prefill == "vertical_slash":
                 candidates = vertical_slashes_of(length, self.density)
+            if length not in self._prompts:
+                self._prompts[length] = self.prompts_of(length)
+            model = self.model.config
+            heads = model.num_hidden_layers * model.num_attention_heads
+            by_harm = self.by_harm and heads <= HARM_HEADS
+            prompts = self._prompts[length][: None if by_harm else 1]
             # Goes on from its own journal, or reads the result from it.
             self._kept[key] = search_patterns(
                 self.model,
-                self.prompt_of(length),
+                [ids for ids, _ in prompts],
                 candidates=candidates,
                 budget=self.density,
-                shared=prefill == "vertical_slash",
+                shared="model" if by_harm else "layer",
+                answers=[answer for _, answer in prompts],
                 output=self.folder / f"{prefill}-{length}.json",
                 progress=self.progress,
             )
