@@ -80,10 +80,21 @@ def test_layers_are_skipped_without_a_difference():
     model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
     for layer in range(3):
         assert quick.layer_harms(layer, wanted) == whole.layer_harms(layer, wanted)
-    # Of the first layer: once, and once a head; for every layer where nothing is skipped.
-    assert len(calls) == (1 + 4) + 3 * (1 + 4)
+    # Of the first layer: twice, and once a head; for every layer where nothing is skipped.
+    assert len(calls) == (2 + 4) + 3 * (2 + 4)
     # A search that goes on later has no hidden states at first.
     assert HarmMeter(model, ids, 0, 4, 3).layer_harms(2, wanted) == whole.layer_harms(2, wanted)
+
+
+def test_rounding_is_no_harm():
+    """In bf16 nothing is exact; a head that needs nothing must still do no harm."""
+    model, ids = tiny(num_hidden_layers=3).bfloat16(), prompt(LENGTH)[None]
+    meter = HarmMeter(model, ids, 0, 4, 3)
+    near, whole = AShape(1, 40), AShape(0, LENGTH)
+    for layer in range(3):
+        harms = meter.layer_harms(layer, [[near], [whole]] * 2)
+        found = [own[0] for own in harms]
+        assert max(found[1], found[3]) < 0.3 * max(found[0], found[2])
 
 
 def one_head_counts(layer, head):

@@ -25,7 +25,7 @@ Option = tuple[float, float, int]  # harm, cost, candidate
 class ModelBudget:
     """Measures and shares out, for a search whose errors are all known.
 
-    All results are in the search's journal. Forwards: of each prompt one a layer, and one for each
+    All results are in the search's journal. Forwards: of each prompt two a layer, and one for each
     option of a head until one does no harm, MEASURED at most; each from the head's layer on.
     """
 
