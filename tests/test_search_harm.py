@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import types
 
 import pytest
 import torch
@@ -184,6 +185,21 @@ def test_interrupted_search_goes_on_with_the_same_result(tmp_path, monkeypatch, 
     assert search_patterns(model, prompts, output=broken, **settings) == expected
     with pytest.raises(ValueError, match="got other answers;"):
         search_patterns(model, prompts, output=broken, **{**settings, "answers": [4, 0]})
+
+
+def test_nearly_dense_is_no_option():
+    """A head gets much less than all keys, or all; where all cost nearly as much, the cheapest."""
+    # (error, cost, candidate); candidate 2 is dense.
+    heads = [
+        [(0.5, 10.0, 0), (0.1, 76.0, 1), (0.0, 100.0, 2), (0.2, 74.0, 3)],
+        [(0.2, 80.0, 0), (0.1, 90.0, 1), (0.0, 100.0, 2), (0.3, 79.0, 3)],
+        [(0.5, 10.0, 0), (0.6, 50.0, 1), (0.0, 100.0, 2), (0.6, 60.0, 3)],
+    ]
+    search = types.SimpleNamespace(
+        prompts=[0], layers=1, journal=types.SimpleNamespace(harms={}),
+        candidates=[CHEAP[0], CHEAP[1], Dense(), CHEAP[2]], options=lambda layer: heads,
+    )  # fmt: skip
+    assert search_budget.ModelBudget(search).measured(0) == [[0, 3], [3], [0]]
 
 
 def test_default_candidates_of_short_prompts():

@@ -22,7 +22,7 @@ import torch
 from sparseattn import ops
 from sparseattn.config import PatternConfig, pattern_to_json
 from sparseattn.patterns import PATTERNS, AShape, Dense, Pattern
-from sparseattn.search_budget import MEASURED, ModelBudget
+from sparseattn.search_budget import MEASURED, NEARLY_DENSE, ModelBudget
 from sparseattn.search_cost import (
     TOLERANCE,
     budget_keys,
@@ -86,9 +86,9 @@ def search_patterns(
             share one budget, dense is a candidate too, and what is made small is the sum of the
             harms: of the model's predictions that are lost when this head alone is sparse
             (``search_harm``). Harm is measured for at most six options of a head, those of the
-            smallest errors for their costs, from the cheapest to the first that does none: up to
-            6 * heads * layers forwards of each prompt, each from the head's layer on. Their sum
-            of costs is at most the budget.
+            smallest errors for costs up to three quarters of dense attention's, from the cheapest
+            to the first that does none: up to 6 * heads * layers forwards of each prompt, each
+            from the head's layer on. The costs are at most the budget on average.
         answers: for each prompt how many of its last tokens are an answer. Their rows attend to all
             keys, as in decode, and count for no error; with "model" the rows that predict them and
             what follows count, and of a prompt without an answer the last 1024, at most half
@@ -164,7 +164,7 @@ class _Search:
         if shared:
             header["shared"] = list(shares)
         if shared == "model":
-            header["measured"] = [MEASURED, TEXT_ROWS, NO_HARM]
+            header["measured"] = [MEASURED, NEARLY_DENSE, TEXT_ROWS, NO_HARM]
         self.journal = Journal(self.output, header, resume)
         self.model_budget = ModelBudget(self) if shared == "model" else None
         self.name = name

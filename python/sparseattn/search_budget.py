@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 #: Options of a head whose harm is measured, of those with the least error for their cost.
 MEASURED = 6
 
+#: Part of dense attention's cost from which on an option is none: what it leaves out on one prompt
+#: is little, and on the next it may be what the head is there for.
+NEARLY_DENSE = 0.75
+
 Option = tuple[float, float, int]  # harm, cost, candidate
 
 
@@ -66,7 +70,10 @@ class ModelBudget:
             dense = self._dense()
             self._measured[layer] = found = []
             for options in self.search.options(layer):
-                own = [option for option in options if option[2] != dense]
+                most = NEARLY_DENSE * next(cost for _, cost, c in options if c == dense)
+                sparse = [option for option in options if option[2] != dense]
+                own = [option for option in sparse if option[1] <= most]
+                own = own or sorted(sparse, key=lambda option: option[1])[:1]
                 found.append([own[i][2] for i in frontier([o[:2] for o in own], MEASURED)])
         return self._measured[layer]
 

@@ -49,6 +49,7 @@ SMOKE: dict[str, Any] = {
     "windows": 1,
     "tasks": ("niah_multivalue",),
     "density": 0.5,
+    "fit": "error",
     "ppl_tokens": 64,
     "ppl_steps": 8,
 }
