@@ -29,6 +29,7 @@ import torch
 from sparseattn import bench_tools
 
 TESTS = Path(__file__).parent
+FAMILIES, HEAD_DIMS, DTYPES = ("prefill", "shadow"), (64, 96, 128), ("bfloat16", "float16")
 _COUNT = re.compile(r"(\d+) (passed|failed|skipped|errors?)\b")
 
 
@@ -70,24 +71,46 @@ def run_suite(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def run_sanitizer(
-    tool: str, options: list[str], package: Path | None, timeout: float
-) -> dict[str, Any]:
-    """compute-sanitizer over tests/sanitize.py: exit status 0 and no error, or the last lines."""
+def run_sanitizer(tool: str, package: Path | None, args: argparse.Namespace) -> dict[str, Any]:
+    """compute-sanitizer over tests/sanitize.py, a process for each dtype, head_dim and family."""
     if shutil.which("compute-sanitizer") is None:
         return {"skipped": "compute-sanitizer was not found"}
+    cases = [
+        ["--family", family, "--dtype", dtype, "--head-dim", str(dim)]
+        for family in FAMILIES
+        for dim in args.sanitize_head_dim or HEAD_DIMS
+        for dtype in args.sanitize_dtype or DTYPES
+    ]
+    with ThreadPoolExecutor(args.sanitizer_workers) as pool:
+        runs = list(pool.map(lambda case: sanitize(tool, case, package, args), cases))
+    failed = [run for run in runs if run["exit_status"] != 0]
+    return {
+        "build": "SPARSEATTN_RACECHECK" if package else "as shipped",
+        "exit_status": failed[0]["exit_status"] if failed else 0,  # null: it ran out of time
+        "runs": runs,
+    }
+
+
+def sanitize(
+    tool: str, options: list[str], package: Path | None, args: argparse.Namespace
+) -> dict[str, Any]:
+    """One process: exit status 0 if nothing was found, and the tool's summary."""
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable]
     command += [str(TESTS / "sanitize.py"), *options]
     env = dict(os.environ)
     if package is not None:
         env["PYTHONPATH"] = os.pathsep.join([str(package), env.get("PYTHONPATH", "")])
-    said = " ".join(["sanitize.py", *options])
-    run: dict[str, Any] = {"of": said, "build": "SPARSEATTN_RACECHECK" if package else "as shipped"}
+    run: dict[str, Any] = {"of": " ".join(["sanitize.py", *options])}
+    start, timeout = time.monotonic(), args.sanitizer_timeout
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         return run | {"exit_status": None, "last_lines": [f"more than {timeout} s"]}
-    return run | {"exit_status": done.returncode, "last_lines": done.stdout.splitlines()[-3:]}
+    return run | {
+        "exit_status": done.returncode,
+        "seconds": round(time.monotonic() - start, 1),
+        "last_lines": done.stdout.splitlines()[-1 if done.returncode == 0 else -12 :],
+    }
 
 
 def main() -> int:
@@ -100,8 +123,10 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=500, help="seconds for the suite")
     parser.add_argument("--test-timeout", type=float, default=100, help="seconds for one test")
     parser.add_argument("--sanitizer", nargs="*", default=["memcheck", "racecheck"], help="tools")
-    parser.add_argument("--sanitize", default="", help="options for sanitize.py, in one word")
-    parser.add_argument("--sanitizer-timeout", type=float, default=300, help="seconds for a tool")
+    parser.add_argument("--sanitizer-timeout", type=float, default=300, help="seconds, a process")
+    parser.add_argument("--sanitizer-workers", type=int, default=6, help="processes of each tool")
+    parser.add_argument("--sanitize-dtype", action="append", choices=DTYPES, help="default: all")
+    parser.add_argument("--sanitize-head-dim", action="append", type=int, choices=HEAD_DIMS)
     parser.add_argument("--racecheck-package", type=Path, help="folder to import from instead")
     parser.add_argument("--commit", required=True, help="commit that is tested")
     args = parser.parse_args()
@@ -109,11 +134,7 @@ def main() -> int:
     with ThreadPoolExecutor() as pool:
         runs = {
             tool: pool.submit(
-                run_sanitizer,
-                tool,
-                args.sanitize.split(),
-                args.racecheck_package if tool == "racecheck" else None,
-                args.sanitizer_timeout,
+                run_sanitizer, tool, args.racecheck_package if tool == "racecheck" else None, args
             )
             for tool in args.sanitizer
         }

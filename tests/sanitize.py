@@ -156,12 +156,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--family", choices=["prefill", "shadow"], help="default: both")
-    parser.add_argument("--quick", action="store_true", help="one dtype, head_dim 128")
+    parser.add_argument("--dtype", action="append", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--head-dim", action="append", type=int, choices=[64, 96, 128])
     arguments = parser.parse_args()
     device, family = arguments.device, arguments.family
-    dtypes = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.float32, torch.bfloat16)}
-    for dtype in dtypes[device][: 1 if arguments.quick else 2]:
-        for dim in (128,) if arguments.quick else (64, 96, 128):
+    dtypes = {"cuda": ("bfloat16", "float16"), "cpu": ("float32", "bfloat16")}
+    for name in arguments.dtype or dtypes[device]:
+        dtype = getattr(torch, name)
+        for dim in arguments.head_dim or (64, 96, 128):
             for shape in SHAPES if family != "shadow" else ():
                 run(device, dtype, dim, shape)
             for rank in (48, 160, 1024) if family != "prefill" else ():

@@ -51,6 +51,7 @@ struct alignas(8) Box {
   __device__ int count() const { return static_cast<int>(flags / kCount & 0xff); }
   __device__ uint32_t owners() const { return flags & (kOwner << kConsumers) - 1; }
   __device__ bool masked(int w) const { return flags >> w & (kMasked | kByRow); }
+  __device__ bool masked() const { return flags & (kMasked | kByRow) * 3; }
   /// Makes w an owner that sees nothing.
   __device__ void hide_from(int w) {
     flags = (flags | kOwner << w | kMasked << w) & ~(kByRow << w);

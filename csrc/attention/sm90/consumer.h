@@ -47,6 +47,7 @@ class Consumer {
 
  private:
   using Stage = RingPosition<Traits::kStages>;
+  using TilePosition = RingPosition<kTileSlots>;
   using ScoreMma = typename Traits::ScoreMma;
   using OutputMma = typename Traits::OutputMma;
   using Scores = decltype(cute::partition_fragment_C(
@@ -86,7 +87,7 @@ class Consumer {
     cute::clear(output_);
     softmax_.reset();
   }
-  __device__ __forceinline__ void store_tile(RingPosition<2> at) {
+  __device__ __forceinline__ void store_tile(TilePosition at) {
     store(smem_.tiles[at.index]);
     __syncwarp();
     release(smem_.tile_free[at.index]);
@@ -170,7 +171,7 @@ class Consumer {
   /// this consumer, its scores are computed while the output is, and is stored.
   __device__ __forceinline__ bool end_tile(Scores& scores, Probabilities& probabilities,
                                            Stage& before, PairWord& word, bool& pending) {
-    const RingPosition<2> last = tile_;
+    const TilePosition last = tile_;
     tile_.advance();
     next_tile();
     const bool stop = stops();
@@ -422,16 +423,23 @@ class Consumer {
       // Rows past the sequence's own length may have computed with anything.
       const float sum = query_row < tile.q_len ? own_sum : 0.f;
       const float inverse = 1.f / sum;
-      if (query_row >= shape.q_len) continue;
-      Element* out_row = out + query_row * params_.out.row_stride + thread_ % 4 * 2;
+      const bool kept = query_row < shape.q_len;
+      Element* out_row = out + query_row * params_.out.row_stride + thread_ % 4 * 8;
 #pragma unroll
-      for (int n = 0; n < Traits::kHeadDim / 8; ++n) {
-        const Element pair[2] = {
-            static_cast<Element>(sum > 0.f ? output_(4 * n + 2 * row) * inverse : 0.f),
-            static_cast<Element>(sum > 0.f ? output_(4 * n + 2 * row + 1) * inverse : 0.f)};
-        *reinterpret_cast<uint32_t*>(out_row + 8 * n) = *reinterpret_cast<const uint32_t*>(pair);
+      for (int n = 0; n < Traits::kHeadDim / 8; n += 4) {
+        uint32_t words[4];  // first this thread's of four pieces of 16 bytes, then a whole piece
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int at = 4 * (n + i) + 2 * row;
+          words[i] = sum > 0.f ? pack(output_(at) * inverse, output_(at + 1) * inverse) : 0;
+        }
+        transpose_quad(words, thread_);
+        if (kept) {
+          *reinterpret_cast<uint4*>(out_row + 8 * n) =
+              make_uint4(words[0], words[1], words[2], words[3]);
+        }
       }
-      if (params_.lse != nullptr && thread_ % 4 == 0) {
+      if (kept && params_.lse != nullptr && thread_ % 4 == 0) {
         params_.lse[head_row * shape.q_len + query_row] =
             sum > 0.f ? softmax_.reference[row] * 0.6931471805599453f + logf(sum) : -INFINITY;
       }
@@ -443,7 +451,7 @@ class Consumer {
   const int index_, thread_;
   const float scale_log2_;
   Stage at_;
-  RingPosition<2> tile_;
+  TilePosition tile_;
   uint32_t query_parity_ = 0;
   Output output_;
   OnlineSoftmax<Traits::kSlack> softmax_;

@@ -25,9 +25,9 @@ __device__ __forceinline__ void init_barriers(Storage& smem) {
   for (auto& barrier : smem.values_free) barrier.init(kReaders);
   smem.query_full.init(1);
   smem.query_free.init(kReaders);
+  for (auto& barrier : smem.tile_full) barrier.init(1);
+  for (auto& barrier : smem.tile_free) barrier.init(kReaders + 3 * kWarp);
   for (int i = 0; i < 2; ++i) {
-    smem.tile_full[i].init(1);
-    smem.tile_free[i].init(kReaders + 3 * kWarp);
     smem.boxes_full[i].init(kWarp);
     smem.boxes_free[i].init(kWarp);
   }

@@ -1,8 +1,9 @@
 // Boxes two by two: the halves of a stage, 128 keys that one product takes.
 //
-// Boxes with the same owners become pairs; one without a partner is held until the next batch. At
-// the end of a tile at most three are left, one of each set of owners: they are paired with each
-// other, hidden from those who did not own them, and the last by itself with a copy that is hidden.
+// Boxes with the same owners become pairs, masked ones with each other as far as that goes; one
+// without a partner is held until the next batch. At the end of a tile at most three are left, one
+// of each set of owners: they are paired with each other, hidden from those who did not own them,
+// and the last by itself with a copy that is hidden.
 #pragma once
 
 #include "attention/sm90/box.h"
@@ -23,12 +24,19 @@ class Pairing {
   template <class Place>
   __device__ int add(const Box& box, int count, int lane, Box* held, const Place& place) {
     const uint32_t owners = lane < count ? box.owners() : 0;
+    const bool masked = owners != 0 && box.masked();
+    const unsigned all_masked = __ballot_sync(~0u, masked);
+    const uint32_t leads = masked_leads_;
     unsigned ballots[4];
     int totals[4];
 #pragma unroll
     for (int set = 1; set < 4; ++set) {
       ballots[set] = __ballot_sync(~0u, owners == set);
       totals[set] = __popc(ballots[set]) + (held_ >> set & 1);
+      // The kind of the last one, that may be held, leads next time.
+      const bool leading = leads >> set & 1;
+      const bool both = ballots[set] & (leading ? ~all_masked : all_masked);
+      if (both) masked_leads_ ^= 1u << set;
     }
     const Order order{totals[3] / 2, min(totals[1], totals[2]) / 2};
     Box first;
@@ -42,7 +50,10 @@ class Pairing {
     if (owners != 0) {
       const unsigned ballot = owners == 1 ? ballots[1] : owners == 2 ? ballots[2] : ballots[3];
       const int total = owners == 1 ? totals[1] : owners == 2 ? totals[2] : totals[3];
-      const int rank = lanes_below(ballot, lane) + (held_ >> owners & 1);
+      const unsigned kind = ballot & (masked ? all_masked : ~all_masked);
+      const bool leading = masked == (leads >> owners & 1);
+      const int before = leading ? 0 : __popc(ballot & ~kind);
+      const int rank = before + lanes_below(kind, lane) + (held_ >> owners & 1);
       if (rank / 2 < total / 2) {
         place(order.of(owners, rank / 2))[rank % 2] = box;
       } else {
@@ -90,7 +101,8 @@ class Pairing {
     return held_ >> 1 & 1 && index == 0 ? 1 : 2;
   }
 
-  uint32_t held_ = 0;  // bit: owners of a box that is held
+  uint32_t held_ = 0;          // bit: owners of a box that is held
+  uint32_t masked_leads_ = 0;  // bit: owners whose masked boxes come before the others
 };
 
 }  // namespace sparseattn::sm90

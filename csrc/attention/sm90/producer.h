@@ -103,7 +103,8 @@ class Planner {
   const AttentionParams& params_;
   Storage& smem_;
   const int lane_;
-  RingPosition<2> tile_, batch_;
+  RingPosition<kTileSlots> tile_;
+  RingPosition<2> batch_;
 };
 
 /// Loads the keys of all pairs, or (kKeys false) their values.
@@ -197,7 +198,7 @@ class Loader {
   const TensorMaps& maps_;
   Storage& smem_;
   const int lane_;
-  RingPosition<2> tile_;
+  RingPosition<kTileSlots> tile_;
   RingPosition<Traits::kStages> at_;
   int sequence_ = 0, kv_head_ = 0, packed_row_ = 0;
 };
@@ -331,7 +332,7 @@ class Dealer {
   const TensorMaps& maps_;
   Storage& smem_;
   const int lane_, consumer_;
-  RingPosition<2> tile_;
+  RingPosition<kTileSlots> tile_;
   uint32_t query_parity_ = 0;
   uint32_t taken_ = 0;  // slots so far
   uint32_t word_ = 0;   // of the last one

@@ -15,6 +15,22 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(~0u, x, 1);
 }
 
+/// Word i of lane j goes to word j of lane i, for the four lanes of each quad.
+__device__ __forceinline__ void transpose_quad(uint32_t (&words)[4], int lane) {
+#pragma unroll
+  for (int step = 1; step <= 2; step *= 2) {
+    const bool upper = lane & step;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & step) continue;
+      const uint32_t low = words[i], high = words[i + step];
+      const uint32_t other = __shfl_xor_sync(~0u, upper ? low : high, step);
+      words[i] = upper ? other : low;
+      words[i + step] = upper ? high : other;
+    }
+  }
+}
+
 /// Fragments are accumulators, element 4 n + 2 row + c: column 8 n + 2 (lane % 4) + c.
 ///
 /// Probabilities are relative to a reference, a maximum of earlier scores that may be behind by
@@ -97,18 +113,16 @@ struct OnlineSoftmax {
     constexpr int kTiles = decltype(cute::size(scores))::value / 4;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      float high = -INFINITY, top = -INFINITY;  // of scores, and of exponents
+      float high = -INFINITY;
 #pragma unroll
       for (int n = 0; n < kTiles; ++n) {
-        const float a = scores(4 * n + 2 * row), b = scores(4 * n + 2 * row + 1);
-        high = fmaxf(high, fmaxf(a, b));
-        top = fmaxf(top, fmaxf(a * scale_log2, b * scale_log2));
+        high = fmaxf(high, fmaxf(scores(4 * n + 2 * row), scores(4 * n + 2 * row + 1)));
       }
 #pragma unroll
       for (int lanes = 2; lanes >= 1; lanes /= 2) {
         high = fmaxf(high, __shfl_xor_sync(~0u, high, lanes));
-        top = fmaxf(top, __shfl_xor_sync(~0u, top, lanes));
       }
+      const float top = high * scale_log2;
       const bool first = fresh[row] && top > -INFINITY;
       const bool above =
           limit[row] > 0.f ? high > limit[row] : !fresh[row] && top - reference[row] > kSlack;
@@ -118,7 +132,7 @@ struct OnlineSoftmax {
       reference[row] = moved;
       sum[row] *= rescale[row];
       const float allowed = __fdividef(moved + kSlack, scale_log2);
-      limit[row] = !fresh[row] && scale_log2 > 0.f && allowed > 0.f ? allowed : -INFINITY;
+      limit[row] = !fresh[row] && allowed > 0.f ? allowed : -INFINITY;
     }
   }
 };

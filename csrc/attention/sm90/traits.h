@@ -19,6 +19,8 @@ constexpr int kBatch = 16;
 constexpr int kBatchPairs = kBatch / 2 + 2;
 /// Pairs that the dealer may be ahead of the loaders.
 constexpr int kPairSlots = 16;
+/// Tiles under way, from the planner to the consumer that stores them.
+constexpr int kTileSlots = 4;
 
 template <int kHeadDim_, class Element_>
 struct Traits {
@@ -93,13 +95,13 @@ struct Traits {
     Box held[3];             // the dealer's, without a partner yet
     Pair pairs[kPairSlots];  // dealer to loaders
     Pair stages[kStages];    // key loader to consumers, with the stage
-    Tile tiles[2];
+    Tile tiles[kTileSlots];
     uint32_t box_count[2];  // boxes in the batch, and kLastBatch, kStop (producer.h)
     // full: one arrival by the side that writes; free: one by every reader (see kernel.h).
     cuda::MBarrier keys_full[kStages], keys_free[kStages];
     cuda::MBarrier values_full[kStages], values_free[kStages];
     cuda::MBarrier query_full, query_free;
-    cuda::MBarrier tile_full[2], tile_free[2];
+    cuda::MBarrier tile_full[kTileSlots], tile_free[kTileSlots];
     cuda::MBarrier boxes_full[2], boxes_free[2], pairs_full[kPairSlots], pairs_free[kPairSlots];
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024);

@@ -248,48 +248,42 @@ struct SlashWalker {
   }
 };
 
-/// The selected blocks of the tiles' rows of block bits, ascending. Where both tiles have the same
-/// row (blocks of 128 queries) they share all boxes; else their boxes alternate, so that neither
-/// falls behind, and are shared where they happen to meet.
+/// The selected blocks of the tiles' rows of block bits, 1024 blocks at a time: first the boxes
+/// that both tiles have (with blocks of 128 queries all of them), ascending, then alternately those
+/// of either, so that neither falls behind.
 struct BlockWalker {
-  int base = 0;  // the first block of the words at hand, 32 words
-  int rank = 0;  // boxes of those words already written, of each tile
-  int totals[kConsumers];
-  uint32_t words[kConsumers];  // this lane's words
-  int before[kConsumers];      // boxes of the lanes below
-  bool loaded = false;
+  /// Boxes of some of the blocks at hand: this lane's 32 blocks, and counts of boxes.
+  struct Set {
+    uint32_t word;
+    int before;  // of the lanes below
+    int total;
+  };
+
+  int base = 0;  // the first block at hand
+  int rank = 0;  // boxes of each set already written
+  bool loaded = false, meeting;
+  uint32_t words[kConsumers];  // this lane's blocks of each tile
+  Set sets[kConsumers];        // what the tiles take now: both the same, or each its own
 
   __device__ Filled fill(const WalkerContext& at, Box* boxes) {
     const PlanSizes& sizes = at.plan.sizes;
     const PairScope scope = at.scope();
     const int blocks = (scope.last_of_pair() + sizes.block_kv - 1) / sizes.block_kv;
-    if (!loaded) load_words(at);
-    const bool shared = shares(at);
-    // Lane l writes box rank + l, or of each tile every second.
-    const int w = shared || at.maker() % 2 == 0 ? 1 - (scope.last[1] == 0) : 0;
-    const int mine = rank + (shared ? at.maker() : at.maker() / 2);
-    const int start = start_of(at, w, mine);
-    const int other = __shfl_xor_sync(~0u, start, 1);
+    if (!loaded) load(at);
+    const int w = at.maker() % 2;
+    const int start = start_of(at, w, rank + (meeting ? at.maker() : at.maker() / 2));
     Box box{start, 0, {{~0u, ~0u}, {~0u, ~0u}}};
-    bool kept = at.makes() && start >= 0;
+    const bool kept = at.makes() && start >= 0;
     if (kept) {
-      if (shared) {
-        own(scope, box, 0);
-        own(scope, box, 1);
-      } else {
-        own(scope, box, w);
-        if (start == other) {
-          own(scope, box, 1 - w);
-          kept = at.maker() % 2 == 0;
-        }
-      }
+      if (meeting || w == 0) give(scope, box, 0);
+      if (meeting || w == 1) give(scope, box, 1);
       int limit = scope.kv_len;
       if (!(box.flags >> 1 & Box::kOwner)) limit = min(limit, scope.last[0]);
       if (box.flags >> 1 & Box::kOwner) limit = min(limit, scope.last[1]);
       cut(box, limit, sizes.shape.kv_len);
     }
-    rank += shared ? kBatch : kBatch / 2;
-    if (rank >= max(totals[0], totals[1])) {
+    rank += meeting ? kBatch : kBatch / 2;
+    if (rank >= max(sets[0].total, sets[1].total) && !(meeting && take(at, false))) {
       base += 32 * 32;
       loaded = false;
     }
@@ -301,13 +295,55 @@ struct BlockWalker {
   __device__ static int row_of(const WalkerContext& at, int w) {
     return (at.tile.first_row + kTileRows * w) / at.plan.sizes.block_q;
   }
-  __device__ static bool shares(const WalkerContext& at) {
-    return row_of(at, 0) == row_of(at, 1) || at.scope().last[1] == 0;
-  }
-  __device__ static void own(const PairScope& scope, Box& box, int w) {
+  __device__ static void give(const PairScope& scope, Box& box, int w) {
     if (box.start >= scope.last_of(w)) return;
     box.flags |= Box::kOwner << w;
     if (box.start + kBoxRows - 1 > scope.first_of(w)) box.flags |= Box::kByRow << w;
+  }
+
+  __device__ void load(const WalkerContext& at) {
+    words[0] = word_of(at, 0);
+    words[1] = word_of(at, 1);
+    if (!take(at, true)) take(at, false);
+    loaded = true;
+  }
+
+  /// Goes on with what both tiles have, or with each one's own. Whether there is anything.
+  __device__ bool take(const WalkerContext& at, bool shared) {
+    const PairScope scope = at.scope();
+    // In one row of blocks the second tile sees what the first does, and more.
+    const bool same = row_of(at, 0) == row_of(at, 1);
+    const uint32_t both = same ? words[0] | words[1] : words[0] & words[1];
+    meeting = shared;
+    rank = 0;
+#pragma unroll
+    for (int w = 0; w < kConsumers; ++w) {
+      sets[w] = set_of(at, shared ? scope.last_of_pair() : scope.last[w],
+                       shared ? both : words[w] & ~both);
+    }
+    return max(sets[0].total, sets[1].total) > 0;
+  }
+
+  /// The bits of this lane's blocks that tile w has.
+  __device__ uint32_t word_of(const WalkerContext& at, int w) const {
+    const PlanSizes& sizes = at.plan.sizes;
+    const int first = base + 32 * at.lane;
+    const int blocks = (at.scope().last[w] + sizes.block_kv - 1) / sizes.block_kv;
+    if (first >= blocks) return 0;
+    const int64_t row = at.slot() * sizes.q_blocks() + row_of(at, w);
+    const uint32_t word = at.plan.block_bits[row * sizes.block_words() + first / 32];
+    return blocks - first < 32 ? word & ((1u << (blocks - first)) - 1) : word;
+  }
+
+  __device__ Set set_of(const WalkerContext& at, int last, uint32_t word) const {
+    const int mine = boxes_in(at, last, word, base + 32 * at.lane);
+    int sum = mine;
+#pragma unroll
+    for (int delta = 1; delta < 32; delta *= 2) {
+      const int below = __shfl_up_sync(~0u, sum, delta);
+      if (at.lane >= delta) sum += below;
+    }
+    return {word, sum - mine, __shfl_sync(~0u, sum, 31)};
   }
 
   /// Boxes of the blocks in `word`, whose first block is `first`.
@@ -319,51 +355,21 @@ struct BlockWalker {
     return (__popc(word) - 1) * most + pieces;
   }
 
-  __device__ void load_words(const WalkerContext& at) {
-    const PlanSizes& sizes = at.plan.sizes;
-    const PairScope scope = at.scope();
-    const int first = base + 32 * at.lane;
-#pragma unroll
-    for (int w = 0; w < kConsumers; ++w) {
-      const int blocks = (scope.last[w] + sizes.block_kv - 1) / sizes.block_kv;
-      uint32_t word = 0;
-      if (first < blocks) {
-        word =
-            at.plan
-                .block_bits[(at.slot() * sizes.q_blocks() + row_of(at, w)) * sizes.block_words() +
-                            first / 32];
-        if (blocks - first < 32) word &= (1u << (blocks - first)) - 1;
-      }
-      words[w] = word;
-      const int mine = boxes_in(at, scope.last[w], word, first);
-      int sum = mine;
-#pragma unroll
-      for (int delta = 1; delta < 32; delta *= 2) {
-        const int below = __shfl_up_sync(~0u, sum, delta);
-        if (at.lane >= delta) sum += below;
-      }
-      totals[w] = __shfl_sync(~0u, sum, 31);
-      before[w] = sum - mine;
-    }
-    rank = 0;
-    loaded = true;
-  }
-
-  /// First key of the `index`-th box of tile w among the words at hand, or -1. All lanes call.
+  /// First key of the `index`-th box of the w-th set, or -1. All lanes call.
   __device__ int start_of(const WalkerContext& at, int w, int index) const {
     // The last lane with no more boxes before it than `index` has the box.
     int lane = 0;
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) {
-      const int first = __shfl_sync(~0u, before[0], lane + step);
-      const int second = __shfl_sync(~0u, before[1], lane + step);
-      if ((w == 0 ? first : second) <= index) lane += step;
+      const int before0 = __shfl_sync(~0u, sets[0].before, lane + step);
+      const int before1 = __shfl_sync(~0u, sets[1].before, lane + step);
+      if ((w == 0 ? before0 : before1) <= index) lane += step;
     }
-    const uint32_t word0 = __shfl_sync(~0u, words[0], lane);
-    const uint32_t word1 = __shfl_sync(~0u, words[1], lane);
-    const int before0 = __shfl_sync(~0u, before[0], lane);
-    const int before1 = __shfl_sync(~0u, before[1], lane);
-    if (index >= (w == 0 ? totals[0] : totals[1])) return -1;
+    const uint32_t word0 = __shfl_sync(~0u, sets[0].word, lane);
+    const uint32_t word1 = __shfl_sync(~0u, sets[1].word, lane);
+    const int before0 = __shfl_sync(~0u, sets[0].before, lane);
+    const int before1 = __shfl_sync(~0u, sets[1].before, lane);
+    if (index >= (w == 0 ? sets[0].total : sets[1].total)) return -1;
     const int inside = index - (w == 0 ? before0 : before1);
     const int most = at.plan.sizes.block_kv / kBoxRows;
     const int bit = nth_bit(w == 0 ? word0 : word1, inside / most);
