@@ -71,6 +71,19 @@ def test_repeats_are_bitwise_equal(function):
             assert torch.equal(a, b)
 
 
+def test_bits_do_not_depend_on_who_takes_a_tile():
+    """Far more tiles than multiprocessors: in every run others come one after the other."""
+    gen = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (
+        torch.randn(1, heads, 8192, 128, generator=gen, device="cuda", dtype=torch.bfloat16)
+        for heads in (16, 4, 4)
+    )
+    patterns = [VerticalSlash(300, 900), BlockSparse(20), AShape(64, 700), VerticalSlash(60, 200)]
+    first = sparseattn.sparse_attention(q, k, v, patterns * 4)
+    for _ in range(10):
+        assert torch.equal(sparseattn.sparse_attention(q, k, v, patterns * 4), first)
+
+
 @every_function
 def test_runs_on_the_current_stream(function):
     """Inputs appear late on a side stream; work queued anywhere else would read what was there."""

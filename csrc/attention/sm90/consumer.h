@@ -111,36 +111,33 @@ class Consumer {
         at_.advance();
         continue;
       }
-      // The same twice, but for what is rare: plain steps are one stretch of code.
+      // Three ways, with the same products: plain steps are one stretch of code.
       for (;;) {
-        if (step(scores, probabilities, before, word)) {
-          release_keys(word);
-          softmax_.template exponentiate<0>(scores, scale_log2_);
-          stay_ahead();
-          finish_output(before);
-          before = at_;
-          at_.advance();
-          // Here, and not where both ways through the loop meet: the way back would be longer.
-          asm volatile("" : "+r"(at_.index), "+r"(at_.parity));
-          softmax_.template exponentiate<1>(scores, scale_log2_);
-          softmax_.add(scores);
-          pack(scores, probabilities);
-          if (word.has(PairWord::kNext)) continue;
-          break;
+        smem_.keys_full[at_.index].wait(at_.parity);
+        word = read_word();
+        if (word.has(PairWord::kMask * 3)) {
+          issue_step(scores, probabilities, before);
+          mask(word, scores, tile());
+          end_step(word, scores, probabilities, before);
+        } else {
+          issue_step(scores, probabilities, before);
+          if (!softmax_.exceeded_by(scores)) {
+            release_keys(word);
+            softmax_.template exponentiate<0>(scores, scale_log2_);
+            stay_ahead();
+            finish_output(before);
+            before = at_;
+            at_.advance();
+            // Here, and not where all ways through the loop meet: the way back would be longer.
+            asm volatile("" : "+r"(at_.index), "+r"(at_.parity));
+            softmax_.template exponentiate<1>(scores, scale_log2_);
+            softmax_.add(scores);
+            pack(scores, probabilities);
+            if (word.has(PairWord::kNext)) continue;
+            break;
+          }
+          end_step(word, scores, probabilities, before);
         }
-        if (word.has(PairWord::kMask * 3)) mask(word, scores, tile());
-        release_keys(word);
-        float rescale[2];
-        const bool moved = softmax_.follow(scores, scale_log2_, rescale);
-        softmax_.template exponentiate<0>(scores, scale_log2_);
-        stay_ahead();
-        finish_output(before);
-        before = at_;
-        at_.advance();
-        if (moved) scale_output(rescale);
-        softmax_.template exponentiate<1>(scores, scale_log2_);
-        softmax_.add(scores);
-        pack(scores, probabilities);
         if (!word.has(PairWord::kNext)) break;
       }
     }
@@ -151,11 +148,9 @@ class Consumer {
   }
 
   /// Issues the products of a step, scores and the output of the step before, and waits for the
-  /// scores. Whether they need neither masks nor, as far as it knows, other references.
-  __device__ __forceinline__ bool step(Scores& scores, const Probabilities& probabilities,
-                                       Stage before, PairWord& word) {
-    smem_.keys_full[at_.index].wait(at_.parity);
-    word = read_word();
+  /// scores.
+  __device__ __forceinline__ void issue_step(Scores& scores, const Probabilities& probabilities,
+                                             Stage before) {
     take_turn();
     issue_scores(scores);
     smem_.values_full[before.index].wait(before.parity);
@@ -164,7 +159,23 @@ class Consumer {
     // The products of this consumer end one after the other, the scores first.
     cute::warpgroup_wait<1>();
     cute::warpgroup_fence_operand(scores);
-    return !softmax_.exceeded_by(scores, word.has(PairWord::kMask * 3));
+  }
+
+  /// The softmax of a step whose scores have arrived and are masked.
+  __device__ __forceinline__ void end_step(PairWord word, Scores& scores,
+                                           Probabilities& probabilities, Stage& before) {
+    release_keys(word);
+    float rescale[2];
+    const bool moved = softmax_.follow(scores, scale_log2_, rescale);
+    softmax_.template exponentiate<0>(scores, scale_log2_);
+    stay_ahead();
+    finish_output(before);
+    before = at_;
+    at_.advance();
+    if (moved) scale_output(rescale);
+    softmax_.template exponentiate<1>(scores, scale_log2_);
+    softmax_.add(scores);
+    pack(scores, probabilities);
   }
 
   /// Stores the tile and goes to the next one; false: there is none. If it begins with a step of
@@ -377,18 +388,17 @@ class Consumer {
       const int listed = params_.plan.num_columns[tile.task.slot] - box.start;
       const int low = lane < listed ? columns[lane] : INT32_MAX;
       const int high = 32 + lane < listed ? columns[32 + lane] : INT32_MAX;
-#pragma unroll
-      for (int row = 0; row < 2; ++row) {
-        int count = 0;
-#pragma unroll 4
-        for (int r = 0; r < 8; ++r) {
-          const int position = warp_position + 8 * row + r;
-          const int visible = __popc(__ballot_sync(~0u, low <= position)) +
-                              __popc(__ballot_sync(~0u, high <= position));
-          if (lane / 4 == r) count = visible;
-        }
-        seen[row] &= bits_below(count);
+      int count[2] = {0, 0};
+#pragma unroll 1  // rare, and code on the way of other masks
+      for (int r = 0; r < 16; ++r) {
+        const int position = warp_position + r;
+        const int visible = __popc(__ballot_sync(~0u, low <= position)) +
+                            __popc(__ballot_sync(~0u, high <= position));
+        if (lane / 4 == r) count[0] = visible;
+        if (lane / 4 + 8 == r) count[1] = visible;
       }
+      seen[0] &= bits_below(count[0]);
+      seen[1] &= bits_below(count[1]);
       return;
     }
 #pragma unroll

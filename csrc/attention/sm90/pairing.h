@@ -79,7 +79,7 @@ class Pairing {
       }
       place(lane / 2)[lane % 2] = box;
     }
-    held_ = 0;
+    held_ = masked_leads_ = 0;  // or a tile's order would depend on the one before
     return pairs;
   }
 

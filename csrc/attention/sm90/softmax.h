@@ -2,7 +2,6 @@
 // of two rows, lane / 4 and lane / 4 + 8 of its warp's 16.
 #pragma once
 
-#include <climits>
 #include <cmath>
 #include <cute/tensor.hpp>
 
@@ -51,14 +50,11 @@ struct OnlineSoftmax {
     fresh[0] = fresh[1] = true;
   }
 
-  /// Whether scores exceed what a reference of the warp allows, or `otherwise`, the same for all of
-  /// it.
+  /// Whether scores exceed what a reference of the warp allows.
   template <class Scores>
-  __device__ __forceinline__ bool exceeded_by(const Scores& scores, bool otherwise) const {
+  __device__ __forceinline__ bool exceeded_by(const Scores& scores) const {
     constexpr int kTiles = decltype(cute::size(scores))::value / 4;
-    int least = otherwise ? INT_MAX : 0;
-    asm("" : "+r"(least));  // or the compiler branches on it
-    int high[2][2] = {{least, 0}, {0, 0}};
+    int high[2][2] = {};
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
 #pragma unroll
@@ -101,7 +97,7 @@ struct OnlineSoftmax {
   template <class Scores>
   __device__ __forceinline__ bool follow(const Scores& scores, float scale_log2,
                                          float (&rescale)[2]) {
-    if (!exceeded_by(scores, false)) return false;
+    if (!exceeded_by(scores)) return false;
     move(scores, scale_log2, rescale);
     return true;
   }

@@ -9,8 +9,9 @@ grow with the prompt. shadowkv decodes with a ShadowKVCache.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ class PatternBook:
     def __init__(
         self,
         model: Any,
-        prompts_of: Callable[[int], Sequence[tuple[torch.Tensor, int]]],
+        prompts_of: Callable[[int], Iterable[tuple[torch.Tensor, int]]],
         folder: Path,
         *,
         density: float,
@@ -197,12 +198,13 @@ class PatternBook:
             candidates = None
             if prefill == "vertical_slash":
                 candidates = vertical_slashes_of(length, self.density)
-            if length not in self._prompts:
-                self._prompts[length] = self.prompts_of(length)
             model = self.model.config
             heads = model.num_hidden_layers * model.num_attention_heads
             by_harm = self.by_harm and heads <= HARM_HEADS
-            prompts = self._prompts[length][: None if by_harm else 1]
+            if length not in self._prompts:
+                made = islice(self.prompts_of(length), None if by_harm else 1)
+                self._prompts[length] = list(made)
+            prompts = self._prompts[length]
             # Goes on from its own journal, or reads the result from it.
             self._kept[key] = search_patterns(
                 self.model,

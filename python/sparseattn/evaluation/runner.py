@@ -26,9 +26,9 @@ from sparseattn.evaluation.record import Record
 #: Seeds of prompts that patterns are fitted on lie this far from those of the examples.
 FIT_SEED = 1_000_003
 #: Prompts that patterns are fitted on, beside windows of text. Several values of a key hang on a
-#: few heads whose patterns serve one prompt and fail the next.
-FIT_TASKS = ("niah_multikey", *3 * ("niah_multivalue",), "niah_multiquery", "variable_tracking")
-FIT_WINDOWS = 3
+#: few heads whose patterns serve one prompt and fail the next: three such prompts miss one of them.
+FIT_TASKS = ("niah_multikey", *9 * ("niah_multivalue",), "niah_multiquery", "variable_tracking")
+FIT_WINDOWS = 6
 NIAH_TASK = "niah_single"
 _MOST_BATCHED = 64
 
@@ -354,21 +354,21 @@ class Runner:
 
 def fit_prompts(
     model: Any, tokenizer: Any, seed: int, text_from: int
-) -> Callable[[int], list[tuple[torch.Tensor, int]]]:
-    """What patterns are fitted on, for a length: (int64 [1, length + answer], answer).
+) -> Callable[[int], Iterator[tuple[torch.Tensor, int]]]:
+    """What patterns are fitted on, for a length: (int64 [1, length + answer], answer), each made
+    when it is asked for.
 
     A prompt for each of FIT_TASKS, of another seed than any example, with the tokens that the dense
     model answers, and FIT_WINDOWS windows of the haystack's text from token ``text_from`` on, one
     after the other (of its end where it is shorter, as many as it holds), without an answer.
     """
 
-    def prompts_of(length: int) -> list[tuple[torch.Tensor, int]]:
+    def prompts_of(length: int) -> Iterator[tuple[torch.Tensor, int]]:
         from transformers import DynamicCache
 
         from sparseattn.evaluation import tasks
 
         ends, device = forward.end_tokens(model, tokenizer), next(model.parameters()).device
-        found = []
         for place, task in enumerate(FIT_TASKS):
             index = FIT_TASKS[:place].count(task)
             example = tasks.make(task, tokenizer, length, seed=seed + FIT_SEED, index=index)
@@ -376,15 +376,12 @@ def fit_prompts(
             cache = DynamicCache(config=model.config)
             new = example.max_new_tokens
             (answer,) = forward.generate(model, ids.to(device), new, cache, ends)
-            found.append(
-                (torch.cat([ids, torch.tensor([answer], dtype=torch.long)], 1), len(answer))
-            )
+            yield torch.cat([ids, torch.tensor([answer], dtype=torch.long)], 1), len(answer)
         windows = FIT_WINDOWS * length
         text = forward.first_tokens(tokenizer, tasks.haystack_text(), text_from + windows)
         text = text[-windows:]
         for start in range(0, len(text) - length + 1, length):
-            found.append((torch.tensor([text[start : start + length]]), 0))
-        return found
+            yield torch.tensor([text[start : start + length]]), 0
 
     return prompts_of
 
