@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -443,14 +444,28 @@ def long_generation(record: Record) -> str:
 # --- tests -------------------------------------------------------------------------------------
 
 
+def _sanitizer(found: Any) -> str:
+    """What a tool said last; of one process for each part of sanitize.py, what they all said."""
+    if not isinstance(found, dict):
+        return str(found)
+    runs = found.get("runs") or [found]
+    said = Counter(
+        "; ".join(str(line).strip("= ") for line in run.get("last_lines") or []) or NOTHING
+        for run in runs
+    )
+    if not found.get("runs"):
+        return next(iter(said))
+    build = f", build {found['build']}" if "build" in found else ""
+    return "; ".join(f"{count} of {len(runs)} runs: {text}" for text, count in said.items()) + build
+
+
 def tests(record: Record) -> str:
     """Counts of the suite, and what the sanitizer said last."""
     data = record.data
     suite = data.get("suite") or data
     lines = [[f"suite, {name}", text(suite.get(name))] for name in ("passed", "failed", "skipped")]
     for tool, found in (data.get("sanitizer") or {}).items():
-        said = found.get("last_lines") or [] if isinstance(found, dict) else [str(found)]
-        lines.append([tool, "; ".join(str(line).strip("= ") for line in said) or NOTHING])
+        lines.append([tool, _sanitizer(found)])
     for name, found in (data.get("compute_sanitizer") or {}).items():
         lines.append([name, text(found)])
     command = suite.get("command")

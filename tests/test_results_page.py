@@ -140,7 +140,12 @@ TESTS = {
     "commit": "abc",
     "passed": 749,
     "failed": 0,
-    "compute_sanitizer": {"memcheck_errors": 0},
+    "sanitizer": {
+        "memcheck": {
+            "build": "as shipped",
+            "runs": 2 * [{"last_lines": ["========= ERROR SUMMARY: 0 errors"]}],
+        }
+    },
 }
 
 
@@ -210,6 +215,7 @@ def test_every_kind(page, tmp_path):
         "| select | graph | 9.750 | 8.500 |",
         "| M | dense | graph | 4 | 80.50 |",
         "| suite, passed | 749 |",
+        "| memcheck | 2 of 2 runs: ERROR SUMMARY: 0 errors, build as shipped |",
         "| [other.json](../records/other.json) | unheard-of | NVIDIA H200 | 2026-11-26 |",
     ):
         assert line in text.replace("\n", " ") or line in text, line

@@ -234,7 +234,7 @@ class ShadowSizes:
     def options(self, config: Any, length: int) -> dict[str, int]:
         """Arguments of ShadowKVCache for prompts of ``length`` tokens.
 
-        By default five eighths of the keys' width as rank, at most the paper's 160; a budget of a
+        By default three quarters of the keys' width as rank, at most the paper's 160; a budget of a
         thirty-second of the prompt, 64 to the paper's 2048 tokens; an outlier chunk for 1024
         tokens, 4 to the paper's 48.
         """
@@ -243,7 +243,7 @@ class ShadowSizes:
         width = head_dim * config.num_key_value_heads
         budget = min(2048, max(64, length // 32)) // self.chunk * self.chunk
         defaults = {
-            "rank": min(160, max(16, width * 5 // 8 // 16 * 16)),
+            "rank": min(160, max(16, width * 3 // 4 // 16 * 16)),
             "sparse_budget": budget,
             "outlier_chunks": min(48, max(4, length // 1024)),
         }
