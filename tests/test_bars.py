@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 GPU = {"gpu": "NVIDIA H100", "cpu": "some", "torch": "2.11", "commit": "abc"}
@@ -51,6 +52,27 @@ def test_smoke(script, tmp_path, capsys):
     assert "another one" in record["peers"]["note"]
     judged = record["summary"]
     assert judged["bars"] == judged["met"] + len(judged["missed"]) + len(judged["not_judged"])
+
+
+def test_full_list_takes_turns_with_flash_attention_3(script):
+    """T4's ratio is of calls side by side, not of FlashAttention-3's row."""
+    prefill_bars = script("prefill_bars")
+    setting, device, order = prefill_bars.SMOKE, torch.device("cpu"), []
+
+    def build(inputs):
+        made = prefill_bars.full_list(inputs)
+        call = lambda: (order.append("own"), made.call())[1]  # noqa: E731
+        return prefill_bars.Prepared(call, made.pairs, made.density)
+
+    inputs = prefill_bars.Inputs(setting, 512, device, 0)
+    timer = prefill_bars.common.Timer(device)
+    run = prefill_bars.Run(setting, device, timer, repeats=4, budget_ms=1e6, inputs=inputs)
+    alone = prefill_bars.attention(build, in_turn=True)(run)
+    assert "fa3_ms" not in alone and set(order) == {"own"}
+    run.fa3 = lambda: order.append("peer")
+    row = prefill_bars.attention(build, in_turn=True)(run)
+    assert row["in_turn"] and 0 < row["fa3_ms"] < row["ms"]
+    assert order[-8:] == ["peer", "own"] * 4
 
 
 def test_chosen_targets(script, tmp_path, monkeypatch):

@@ -129,6 +129,24 @@ class Timer:
         times = self._run(call, repeats, before)
         return Timing(statistics.median(times), min(times), max(times), repeats)
 
+    def in_turn(
+        self,
+        calls: Sequence[Callable[[], object]],
+        *,
+        budget_ms: float = 1000.0,
+        least: int = 3,
+        most: int = 20,
+    ) -> list[Timing]:
+        """Of calls that take turns, one after the other, ``least`` to ``most`` rounds within
+        ``budget_ms`` for each: what a warmer card does to its clocks, it does to all of them."""
+        guess = max(self(call, warm_up=1, least=1, most=1).ms for call in calls)
+        rounds = int(min(most, max(least, budget_ms / max(guess, 1e-3))))
+        times: list[list[float]] = [[] for _ in calls]
+        for _ in range(rounds):
+            for call, own in zip(calls, times, strict=True):
+                own += self._run(call, 1, None)
+        return [Timing(statistics.median(own), min(own), max(own), rounds) for own in times]
+
     def _run(
         self, call: Callable[[], object], repeats: int, before: Callable[[], object] | None
     ) -> list[float]:
