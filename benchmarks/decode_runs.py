@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from sparseattn import hf
+from sparseattn.hf_arguments import with_cache
 from sparseattn.shadow_cache import ShadowKVCache
 
 SPARE = 3 * 2**30  # bytes of device memory left for activations and graphs
@@ -43,8 +44,10 @@ class Generation:
         self.picked = torch.zeros(clock.tokens.shape[1], dtype=torch.int64, device=self.device)
 
     def step(self) -> None:
-        given = {"position_ids": self.clock.positions} if self.positions else {}
-        out = self.model(self.clock.ids, past_key_values=self.cache, logits_to_keep=1, **given)
+        given = with_cache(self.model, self.cache)
+        if self.positions:
+            given["position_ids"] = self.clock.positions
+        out = self.model(self.clock.ids, logits_to_keep=1, **given)
         self.picked.copy_(out.logits[:, -1].argmax(-1))
         self.clock.advance()
 
@@ -325,7 +328,7 @@ def ttft_rows(model: Any, arguments: argparse.Namespace) -> Iterator[Row]:
             reset_peak(device)
             synchronize(device)
             start = time.perf_counter()
-            model(ids[:, :length], past_key_values=cache, logits_to_keep=1).logits.argmax()
+            model(ids[:, :length], logits_to_keep=1, **with_cache(model, cache)).logits.argmax()
             synchronize(device)
             seconds = time.perf_counter() - start
             cache.reset()

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GlmConfig
 
 from sparseattn import hf
+from sparseattn.hf_arguments import with_cache
 from sparseattn.shadow_cache import ShadowKVCache
 
 BENCHMARK = "long-generation"
@@ -74,7 +75,7 @@ def generate(arguments: argparse.Namespace, device: torch.device) -> list[dict[s
     rows: list[dict[str, Any]] = []
     last, begin = 0, 0.0
     for done in tqdm(range(arguments.tokens + 1), unit="token", disable=None):
-        logits = model(ids, past_key_values=cache, logits_to_keep=1).logits
+        logits = model(ids, logits_to_keep=1, **with_cache(model, cache)).logits
         ids = logits[:, -1].argmax(-1, keepdim=True)
         if done == 0:
             begin = time.perf_counter()

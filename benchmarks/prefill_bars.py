@@ -28,9 +28,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -39,10 +38,9 @@ import common
 import prefill_attention as prefill
 import torch
 from bars import FA3, Bar
+from device_trace import trace_before_attention
 from prefill_attention import Build, Prepared
 from torch import Tensor
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import sparseattn
@@ -90,7 +88,6 @@ class Run:
     reference: Tensor | None = None  # output of the first dense peer
     fa3_ms: float | None = None
     fa3: Callable[[], object] | None = None
-    filler: Tensor | None = field(default=None, repr=False)
 
     def time(self, call: Callable[[], object], most: int | None = None) -> Timing:
         most = self.repeats if most is None else min(most, self.repeats)
@@ -177,45 +174,6 @@ def full_list(inputs: prefill.Inputs) -> Prepared:
     return Prepared(made.call, inputs.causal, 1.0)
 
 
-def before_longest(spans: list[tuple[str, float, float]], writes: int) -> float | None:
-    """From the first to the start of the longest of the device's (name, start, end) after
-    ``writes`` events of one name; None where the trace is not like that."""
-    spans = sorted(spans, key=lambda span: span[1])
-    own = spans[writes:]
-    if len(own) < 2 or len({name for name, _, _ in spans[:writes]}) != 1:
-        return None
-    return max(own, key=lambda span: span[2] - span[1])[1] - own[0][1]
-
-
-def trace_before_attention(run: Run, call: Callable[[], object]) -> Timing | str:
-    """From a call's first kernel to the start of its longest, the attention kernel; or why not.
-
-    Some milliseconds of writes go before the call, so that the host has submitted all of it before
-    its first kernel starts: gaps are then the device's. These writes also flush the L2 cache.
-    """
-    if run.device.type != "cuda":
-        return "no device trace on the CPU"
-    if run.filler is None:
-        size = 2 * torch.cuda.get_device_properties(run.device).L2_cache_size
-        run.filler = torch.empty(size, dtype=torch.uint8, device=run.device)
-    fills, times = 64, []
-    for turn in range(1 + min(5, run.repeats)):  # the first starts the tracer
-        torch.cuda.synchronize(run.device)
-        with profile(activities=[ProfilerActivity.CUDA]) as trace:
-            for _ in range(fills):
-                run.filler.fill_(1)
-            call()
-            torch.cuda.synchronize(run.device)
-        events = [e for e in trace.events() if e.device_type == DeviceType.CUDA]
-        spans = [(e.name, e.time_range.start, e.time_range.end) for e in events]
-        found = before_longest(spans, fills)
-        if found is None:
-            return f"device trace has {len(spans)} events, not {fills} writes and then the call's"
-        if turn:
-            times.append(found / 1e3)
-    return Timing(statistics.median(times), min(times), max(times), len(times))
-
-
 def estimate_and_plan(run: Run) -> dict[str, Any]:
     """T5: the traced time, or where there is no trace the estimate's; beside it both by events."""
     q, k, v = run.inputs.structured
@@ -232,7 +190,7 @@ def estimate_and_plan(run: Run) -> dict[str, Any]:
     alone = run.time(estimate)
     both = run.time(whole)
     try:
-        traced = trace_before_attention(run, whole)
+        traced = trace_before_attention(whole, run.device, min(5, run.repeats))
     except RuntimeError as error:  # the tracer's: the call itself has just run
         traced = f"no device trace: {str(error).splitlines()[0][:90]}"
     given = run.time(lambda: sparseattn.vertical_slash_attention(q, k, v, *lists))

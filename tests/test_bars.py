@@ -125,7 +125,7 @@ def test_bars(script):
 
 def test_trace(script):
     """The writes come first, then the call; events in any order."""
-    before = script("prefill_bars").before_longest
+    before = script("device_trace").before_longest
     writes = [("fill", float(i), i + 0.9) for i in range(4)]
     own = [("estimate", 5.0, 7.0), ("plan", 8.0, 9.0), ("attention", 9.5, 20.0)]
     assert before([*reversed(own), *writes], 4) == 4.5

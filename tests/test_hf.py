@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from hf_models import (
 
 from sparseattn import hf, ops, reference
 from sparseattn.config import PatternConfig
+from sparseattn.hf_arguments import with_cache
 from sparseattn.patterns import AShape, Dense
 
 
@@ -322,3 +324,19 @@ def test_backbone_without_head():
 def test_import_does_not_import_transformers():
     code = "import sys, sparseattn.hf; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_cache_goes_by_the_name_that_the_model_has_for_it():
+    class Old:
+        def forward(self, input_ids, past_key_values=None): ...
+
+    class New:
+        def forward(self, input_ids, cache=None): ...
+
+    assert with_cache(Old(), 1) == {"past_key_values": 1} and with_cache(New(), 1) == {"cache": 1}
+    model, ids = fresh("glm-2kv"), tokens(1, 8)
+    cache = transformers.DynamicCache(config=model.config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        model(ids, **with_cache(model, cache))
+    assert cache.get_seq_length() == 8

@@ -7,13 +7,14 @@ the next message opens with a role token of its own (after a tool call it is the
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sparseattn.hf_arguments import with_cache
 
 
 class ContextFull(ValueError):
@@ -59,9 +60,6 @@ class Session:
         self._sample = sample or sampler()
         self._limit = limit or getattr(model.config, "max_position_embeddings", None)
         self._chunk = prefill_chunk
-        # newer transformers 5 call it cache, and warn of the older name
-        names = inspect.signature(model.forward).parameters
-        self._cache_argument = "cache" if "cache" in names else "past_key_values"
 
     def append(self, ids: Sequence[int]) -> None:
         """Add ids to the conversation; they are fed by the next prefill or generate.
@@ -110,8 +108,8 @@ class Session:
         if pending.shape[1] > 1:
             self.counts.read += pending.shape[1]
         for part in pending.split(self._chunk or pending.shape[1], dim=1):
-            arguments = {self._cache_argument: self.cache, "use_cache": True, "logits_to_keep": 1}
-            logits = self.model(part, **arguments).logits
+            given = with_cache(self.model, self.cache)
+            logits = self.model(part, use_cache=True, logits_to_keep=1, **given).logits
             self.fed += part.shape[1]
         return logits[0, -1].float()
 

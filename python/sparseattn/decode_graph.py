@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparseattn.hf import NAME
+from sparseattn.hf_arguments import with_cache
 from sparseattn.shadow_cache import ShadowKVCache
 from sparseattn.shadow_layer import ShadowState, StepPlace
 
@@ -136,10 +137,10 @@ class GraphDecoder:
         try:
             out = self.model(
                 self.ids,
-                past_key_values=self.cache,
                 position_ids=self.place.position.expand(self.batch, 1),
                 use_cache=True,
                 logits_to_keep=1,
+                **with_cache(self.model, self.cache),
             ).logits[:, -1]
         finally:
             for layer in self.cache.layers:

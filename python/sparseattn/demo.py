@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import warnings
 from pathlib import Path
 
 _NEEDED = ("transformers", "matplotlib", "tqdm")
@@ -75,10 +74,7 @@ def run(args: argparse.Namespace) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device: expected cpu, got cuda (torch finds no GPU)")
     kind = demo_needle if args.model == "needle" else demo_random
-    with warnings.catch_warnings():
-        # transformers 5 takes it under this name from the first to the last version
-        warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
-        report, pictures, caption = kind.measure(args)
+    report, pictures, caption = kind.measure(args)
     plots.save(pictures, caption, output / "patterns.png")
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(kind.render(report))

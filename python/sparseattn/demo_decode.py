@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparseattn import hf
+from sparseattn.hf_arguments import with_cache
 from sparseattn.patterns import Pattern
 from sparseattn.shadow_cache import ShadowKVCache
 
@@ -55,7 +56,7 @@ def measure_decode(model: Any, ids: Tensor, patterns: list[list[Pattern]]) -> di
 
 def _prefill(model: Any, ids: Tensor, cache: Any) -> int:
     """The most likely token after the prompt."""
-    return int(model(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1].argmax())
+    return int(model(ids, logits_to_keep=1, **with_cache(model, cache)).logits[0, -1].argmax())
 
 
 def _decode(
@@ -66,7 +67,7 @@ def _decode(
     start = time.perf_counter()
     for step in range(TOKENS):
         token = torch.tensor([[fed[-1]]], device=model.device)
-        logits = model(token, past_key_values=cache, logits_to_keep=1).logits
+        logits = model(token, logits_to_keep=1, **with_cache(model, cache)).logits
         picked.append(int(logits[0, -1].argmax()))
         fed.append(picked[-1] if given is None else given[step + 1])
     return time.perf_counter() - start, fed, picked

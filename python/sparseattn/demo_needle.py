@@ -27,6 +27,7 @@ from sparseattn.config import PatternConfig
 from sparseattn.evaluation import methods, tasks
 from sparseattn.evaluation import model as models
 from sparseattn.evaluation.words import WORDS
+from sparseattn.hf_arguments import with_cache
 
 NEEDLES = 5
 TOKENS = {"cpu": 8192, "cuda": 131072}
@@ -131,12 +132,17 @@ class Reader:
             torch.cuda.synchronize()
         return time.perf_counter()
 
+    def _read(self, ids: Tensor, cache: Any) -> Tensor:
+        """Logits [vocab] after ``ids``, which the cache gets."""
+        out = self.model(ids, logits_to_keep=1, **with_cache(self.model, cache))
+        return out.logits[0, -1]
+
     def _prefill(self, ids: Tensor, make: Callable[[], Any]) -> tuple[float, Any, Tensor]:
         """(seconds, the cache, logits [vocab] after ``ids``); on a GPU of the second run."""
         for _ in range(2 if self.device.type == "cuda" else 1):
             cache = make()
             start = self._now()
-            logits = self.model(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+            logits = self._read(ids, cache)
             seconds = self._now() - start
         return seconds, cache, logits
 
@@ -159,7 +165,7 @@ class Reader:
     def _step(self, cache: Any) -> Callable[[int], Tensor]:
         def step(token: int) -> Tensor:
             ids = torch.tensor([[token]], device=self.device)
-            return self.model(ids, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+            return self._read(ids, cache)
 
         return step
 
@@ -173,7 +179,7 @@ class Reader:
         for number, question in enumerate(self.prompts.questions):
             if number:
                 cache.crop(read - cache.get_seq_length())
-                logits = self.model(question, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+                logits = self._read(question, cache)
             answers.append(self._answer(logits, self._step(cache), times))
         return self._report("dense", answers, [seconds], times, {"dense": size})
 

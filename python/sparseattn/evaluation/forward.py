@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparseattn.config import PatternConfig
 from sparseattn.demo_measure import VisitedKeys
+from sparseattn.hf_arguments import with_cache
 from sparseattn.patterns import Pattern
 from sparseattn.search_model import attention_visitor
 
@@ -55,7 +56,7 @@ def generate(
         ids,
         attention_mask=torch.ones_like(ids),  # no token is padding
         generation_config=settings,
-        past_key_values=cache,
+        **with_cache(model, cache),
     )
     answers = []
     for row in out[:, ids.shape[1] :].tolist():
@@ -88,9 +89,10 @@ def prefill_losses(model: Any, ids: Tensor, count: int) -> Tensor:
 def decode_losses(model: Any, ids: Tensor, count: int, cache: Any) -> Tensor:
     """fp32 [B, count]: the same, where those tokens are fed one by one after the others."""
     first = ids.shape[1] - count
-    logits = [model(ids[:, :first], past_key_values=cache, logits_to_keep=1).logits]
+    how = {"logits_to_keep": 1, **with_cache(model, cache)}
+    logits = [model(ids[:, :first], **how).logits]
     for at in range(first, ids.shape[1] - 1):
-        logits.append(model(ids[:, at : at + 1], past_key_values=cache, logits_to_keep=1).logits)
+        logits.append(model(ids[:, at : at + 1], **how).logits)
     return _losses(torch.cat(logits, dim=1), ids[:, first:])
 
 
