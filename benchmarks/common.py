@@ -74,6 +74,17 @@ def add_record_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def require_device(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Ends the program with the parser's error where there is no GPU and no smoke run."""
+    if not arguments.smoke and not torch.cuda.is_available():
+        parser.error("expected a CUDA device, found none (--smoke runs on the CPU)")
+
+
+def device_of(arguments: argparse.Namespace) -> torch.device:
+    """The CPU for a smoke run, else the first GPU."""
+    return torch.device("cpu") if arguments.smoke else torch.device("cuda", 0)
+
+
 def clustered_indexes(
     tokens: int, num_columns: int, num_offsets: int, heads: int, seed: int = 0
 ) -> tuple[Tensor, Tensor]:

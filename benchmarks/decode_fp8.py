@@ -154,7 +154,7 @@ def layer_rows(run: Run, layer: Layer, host: bool) -> Iterator[Row]:
 def measure(
     setting: Setting, arguments: argparse.Namespace, save: Callable[[list[Row]], None]
 ) -> list[Row]:
-    device = torch.device("cpu" if arguments.smoke else "cuda")
+    device = common.device_of(arguments)
     memory = HostMemory(device)
     run = Run(setting, device, common.Timer(device), arguments.repeats, arguments.budget_ms, memory)
     rows: list[Row] = []
@@ -190,15 +190,14 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Set
     arguments.lengths = arguments.lengths or [setting.lengths[len(setting.lengths) // 2]]
     if arguments.smoke:
         arguments.budget_ms = min(arguments.budget_ms, 10.0)
-    elif not torch.cuda.is_available():
-        parser.error("expected a CUDA device, found none (--smoke runs on the CPU)")
+    common.require_device(parser, arguments)
     return arguments, setting
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0, or 1 where an output was not finite."""
     arguments, setting = parse_arguments(argv)
-    facts = common.machine(torch.device("cpu" if arguments.smoke else "cuda"), arguments.commit)
+    facts = common.machine(common.device_of(arguments), arguments.commit)
     record = common.GrowingRecord(
         BENCHMARK, facts, arguments, lambda _: {}, partial=False, dtype="bfloat16",
         rank=setting.rank, chunk=setting.chunk,

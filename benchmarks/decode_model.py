@@ -241,8 +241,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.smoke:
         arguments.cache = dict(SMOKE_CACHE)
         arguments.steps, arguments.most = min(arguments.steps, 8), min(arguments.most, 2)
-    elif not torch.cuda.is_available():
-        parser.error("expected a CUDA device, found none (--smoke runs on the CPU)")
+    common.require_device(parser, arguments)
     arguments.cache |= {
         f"{part}_dtype": "fp8"
         for part in ("value", "factor")
@@ -254,7 +253,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    device = torch.device("cpu" if arguments.smoke else "cuda", None if arguments.smoke else 0)
+    device = common.device_of(arguments)
     facts = common.machine(device, arguments.commit)
     record = common.GrowingRecord(
         BENCHMARK,

@@ -307,7 +307,7 @@ def case_rows(
 def measure(
     setting: Setting, arguments: argparse.Namespace, save: Callable[[list[Row]], None]
 ) -> list[Row]:
-    device = torch.device("cpu" if arguments.smoke else "cuda")
+    device = common.device_of(arguments)
     memory = HostMemory(device)
     run = Run(setting, device, common.Timer(device), arguments.repeats, arguments.budget_ms, memory)
     shapes = [shape for shape in setting.shapes if shape.name in arguments.shapes]
@@ -446,15 +446,14 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Set
         parser.error(f"--hits: expected 0 to 1, got {arguments.hits}")
     if arguments.smoke:
         arguments.budget_ms = min(arguments.budget_ms, 10.0)
-    elif not torch.cuda.is_available():
-        parser.error("expected a CUDA device, found none (--smoke runs on the CPU)")
+    common.require_device(parser, arguments)
     return arguments, setting
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0, or 1 where an output was not what it must be. A missed bar is a result, not a failure."""
     arguments, setting = parse_arguments(argv)
-    facts = common.machine(torch.device("cpu" if arguments.smoke else "cuda"), arguments.commit)
+    facts = common.machine(common.device_of(arguments), arguments.commit)
     names = [shape.name for shape in setting.shapes]
     whole = (names, setting.lengths, list(setting.batches))
     partial_run = (arguments.shapes, arguments.lengths, arguments.batches) != whole

@@ -309,14 +309,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         arguments.eager_steps = min(arguments.eager_steps, 2)
         if arguments.min_length is None:
             arguments.min_length = 0
-    elif not torch.cuda.is_available():
-        parser.error("expected a CUDA device, found none (--smoke runs on the CPU)")
+    common.require_device(parser, arguments)
     return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    device = torch.device("cpu" if arguments.smoke else "cuda", None if arguments.smoke else 0)
+    device = common.device_of(arguments)
     facts = common.machine(device, arguments.commit)
     record = common.GrowingRecord(
         BENCHMARK,

@@ -169,8 +169,7 @@ def parse_arguments() -> argparse.Namespace:
         lengths, heads, kv_heads, head_dim = [256, 1024], 4, 2, 64
     else:
         heads, kv_heads, head_dim = 32, 8, 128
-        if not torch.cuda.is_available():
-            parser.error("expected a CUDA device, found none (--smoke runs on the CPU)")
+        common.require_device(parser, arguments)
     arguments.lengths = sorted(arguments.lengths or lengths)
     arguments.heads = arguments.heads or heads
     arguments.kv_heads = arguments.kv_heads or kv_heads
@@ -185,7 +184,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    device = torch.device("cpu" if arguments.smoke else "cuda")
+    device = common.device_of(arguments)
     facts = common.machine(device, arguments.commit)
     rows = measure(arguments, device)
     names = list(dict.fromkeys(row["mix"] for row in rows))

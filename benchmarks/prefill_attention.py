@@ -249,7 +249,7 @@ def relative_difference(out: Tensor, expected: Tensor) -> float:
 
 
 def measure(arguments: argparse.Namespace, setting: Setting) -> list[dict[str, Any]]:
-    device = torch.device("cpu" if arguments.smoke else "cuda")
+    device = common.device_of(arguments)
     timer = common.Timer(device)
     rows: list[dict[str, Any]] = []
     chosen = [
@@ -340,14 +340,13 @@ def parse_arguments() -> tuple[argparse.Namespace, Setting]:
             parser.error(f"--lengths: expected multiples of 128 >= 256, got {tokens}")
     if arguments.smoke:
         arguments.budget_ms = min(arguments.budget_ms, 20.0)
-    elif not torch.cuda.is_available():
-        parser.error("expected a CUDA device, found none (--smoke runs on the CPU)")
+    common.require_device(parser, arguments)
     return arguments, setting
 
 
 def main() -> None:
     arguments, setting = parse_arguments()
-    facts = common.machine(torch.device("cpu" if arguments.smoke else "cuda"), arguments.commit)
+    facts = common.machine(common.device_of(arguments), arguments.commit)
     rows = measure(arguments, setting)
     print(common.machine_line(facts))
     print(

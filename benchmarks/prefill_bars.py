@@ -333,7 +333,7 @@ def measure(
     setting: Setting, arguments: argparse.Namespace, save: Callable[[list[dict[str, Any]]], None]
 ) -> list[dict[str, Any]]:
     """All rows; ``save`` gets those there are after each."""
-    device = torch.device("cpu" if arguments.smoke else "cuda")
+    device = common.device_of(arguments)
     timer = common.Timer(device)
     rows: list[dict[str, Any]] = []
     chosen = cases(setting, arguments.lengths, arguments.targets, device)
@@ -427,15 +427,14 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Set
         parser.error(f"--repeats: expected at least 1, got {arguments.repeats}")
     if arguments.smoke:
         arguments.budget_ms = min(arguments.budget_ms, 20.0)
-    elif not torch.cuda.is_available():
-        parser.error("expected a CUDA device, found none (--smoke runs on the CPU)")
+    common.require_device(parser, arguments)
     return arguments, setting
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0, or 1 where an output was not what it must be. A missed bar is a result, not a failure."""
     arguments, setting = parse_arguments(argv)
-    facts = common.machine(torch.device("cpu" if arguments.smoke else "cuda"), arguments.commit)
+    facts = common.machine(common.device_of(arguments), arguments.commit)
     partial = set(arguments.targets) != set(TARGETS) or arguments.lengths != list(setting.lengths)
     record = common.GrowingRecord(
         BENCHMARK,

@@ -326,6 +326,15 @@ def test_finished_search_runs_nothing(tmp_path, monkeypatch):
         )
 
 
+def test_the_same_weights_from_elsewhere_resume(tmp_path, monkeypatch):
+    path, moved = tmp_path / "p.json", tiny()
+    first = search_patterns(tiny(), prompt(200), candidates=CHEAP, output=path, progress=False)
+    moved.config._name_or_path = "elsewhere"
+    crash_after(monkeypatch, 0)
+    again = search_patterns(moved, prompt(200), candidates=CHEAP, output=path, progress=False)
+    assert again.layers == first.layers
+
+
 def test_other_settings_do_not_resume(tmp_path):
     path = tmp_path / "p.json"
     search_patterns(tiny(), prompt(200), candidates=CHEAP, output=path, progress=False)

@@ -280,15 +280,14 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Set
     if arguments.smoke:
         arguments.budget_ms = min(arguments.budget_ms, 20.0)
         arguments.repeats = min(arguments.repeats, 3)
-    elif not torch.cuda.is_available():
-        parser.error("expected a CUDA device, found none (--smoke runs on the CPU)")
+    common.require_device(parser, arguments)
     return arguments, setting
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 1 if our own output is wrong; a peer's failure is a row."""
     arguments, setting = parse_arguments(argv)
-    device = torch.device("cpu" if arguments.smoke else "cuda")
+    device = common.device_of(arguments)
     facts = common.machine(device, arguments.commit)
     chosen = [peer for peer in PEERS if wanted(peer.NAME, arguments.peers)]
     status = {peer.NAME: peer.available(device) for peer in chosen}

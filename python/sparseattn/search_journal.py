@@ -34,8 +34,11 @@ class Journal:
             found, *records = [json.loads(line) for line in complete]
         except ValueError as error:
             raise ValueError(f"{self.path}: expected lines of a search, got: {error}") from error
+        # A model's name is where it was loaded from; its weights tell whether it is the same.
         differing = [
-            key for key in header if not isinstance(found, dict) or found.get(key) != header[key]
+            key
+            for key in header
+            if not isinstance(found, dict) or (key != "model" and found.get(key) != header[key])
         ]
         if differing:
             raise ValueError(
