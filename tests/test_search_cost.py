@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 
+from sparseattn import search_cost
 from sparseattn.patterns import AShape, BlockSparse, Dense, VerticalSlash
 from sparseattn.search_cost import (
     a_shape_cost,
@@ -214,3 +215,21 @@ def test_frontier():
         for error, cost in options:
             assert any(options[i][0] <= error and options[i][1] <= cost for i in kept)
         assert len({options[i] for i in kept}) == len(kept)
+
+
+def test_a_cost_is_measured_once(monkeypatch):
+    """Several limits share a meter: the same choices, and no pattern of a head measured again."""
+    q, k = torch.randn(1, 4, 512, 64), torch.randn(1, 2, 512, 64)
+    candidate, limits = VerticalSlash(200, 400), (300.0, 150.0, 80.0)
+    apart = [search_cost.fit(candidate, q, k, limit) for limit in limits]
+    measured = []
+    real = search_cost.measured_cost
+
+    def spy(pattern, q, k, wanted):
+        measured.extend((pattern, head) for head in wanted)
+        return real(pattern, q, k, wanted)
+
+    monkeypatch.setattr(search_cost, "measured_cost", spy)
+    meter = search_cost.CostMeter(q, k)
+    assert [search_cost.fit(candidate, q, k, limit, meter) for limit in limits] == apart
+    assert len(measured) == len(set(measured)) > 4

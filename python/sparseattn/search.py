@@ -25,6 +25,7 @@ from sparseattn.patterns import PATTERNS, AShape, Dense, Pattern
 from sparseattn.search_budget import MEASURED, NEARLY_DENSE, ModelBudget
 from sparseattn.search_cost import (
     TOLERANCE,
+    CostMeter,
     budget_keys,
     check_candidates,
     default_candidates,
@@ -263,8 +264,9 @@ class _Search:
 
     def _sizes(self, q: torch.Tensor, k: torch.Tensor) -> dict[str, Any]:
         """Steps (None: dropped) and costs ``[candidate][head]`` by the budget rule."""
+        meter = CostMeter(q, k)
         fits = [
-            fit(candidate, q, k, None if self.limit is None else part * self.limit)
+            fit(candidate, q, k, None if self.limit is None else part * self.limit, meter)
             for candidate, part in zip(self.candidates, self.parts, strict=True)
         ]
         steps: list[list[int | None]] = [list(f[0]) for f in fits]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -89,11 +89,14 @@ def vertical_slash_cost(
     return _mean_keys(boxes)
 
 
-def measured_cost(pattern: Pattern, q: torch.Tensor, k: torch.Tensor) -> list[float]:
+def measured_cost(
+    pattern: Pattern, q: torch.Tensor, k: torch.Tensor, wanted: Collection[int] | None = None
+) -> list[float]:
     """Cost of ``pattern`` for every query head, with the index estimated from ``q`` and ``k``.
 
     Args:
         q: ``[1, Hq, q_len, D]``; k: ``[1, Hkv, kv_len, D]``.
+        wanted: heads that count (default: all); the cost of others may be given as infinite.
     """
     heads, q_len, kv_len = q.shape[1], q.shape[2], k.shape[2]
     if isinstance(pattern, VerticalSlash):
@@ -101,7 +104,12 @@ def measured_cost(pattern: Pattern, q: torch.Tensor, k: torch.Tensor) -> list[fl
             q, k, num_columns=pattern.columns, num_offsets=pattern.offsets, share=pattern.share
         )
         columns, offsets = columns[0].cpu(), offsets[0].cpu()
-        return [vertical_slash_cost(columns[h], offsets[h], q_len, kv_len) for h in range(heads)]
+        return [
+            vertical_slash_cost(columns[h], offsets[h], q_len, kv_len)
+            if wanted is None or h in wanted
+            else math.inf
+            for h in range(heads)
+        ]
     if isinstance(pattern, AShape):
         cost = a_shape_cost(pattern.sink, pattern.window, q_len, kv_len)
     elif isinstance(pattern, BlockSparse) and pattern.share is not None:
@@ -112,6 +120,23 @@ def measured_cost(pattern: Pattern, q: torch.Tensor, k: torch.Tensor) -> list[fl
     else:
         cost = dense_cost(q_len, kv_len)
     return [cost] * heads
+
+
+class CostMeter:
+    """Costs of patterns for the heads of one q and k, each measured once."""
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor) -> None:
+        self.q, self.k, self.heads = q, k, range(q.shape[1])
+        self._known: dict[Pattern, dict[int, float]] = {}
+
+    def __call__(self, pattern: Pattern, wanted: Collection[int]) -> dict[int, float]:
+        """By head the cost, of those that are wanted at least."""
+        known = self._known.setdefault(pattern, {})
+        missing = {head for head in wanted if head not in known}
+        if missing:
+            costs = measured_cost(pattern, self.q, self.k, missing)
+            known.update({head: costs[head] for head in missing})
+        return known
 
 
 def shrink(pattern: Pattern, steps: int) -> Pattern | None:
@@ -143,25 +168,36 @@ def _less(size: int, steps: int) -> int:
 
 
 def fit(
-    candidate: Pattern, q: torch.Tensor, k: torch.Tensor, limit: float | None
+    candidate: Pattern,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    limit: float | None,
+    meter: CostMeter | None = None,
 ) -> tuple[list[int], list[float], list[bool]]:
     """The fewest shrinking steps after which ``candidate`` costs each head at most ``limit``.
+
+    Args:
+        meter: of this q and k, for several calls.
 
     Returns:
         Per query head the steps, the cost after them, and whether the cost is within ``limit``.
         A head that no step brings within the limit has its cheapest step.
     """
-    best_cost = measured_cost(candidate, q, k)
+    meter = meter or CostMeter(q, k)
+    first = meter(candidate, meter.heads)
+    best_cost = [first[head] for head in meter.heads]
     best_step = [0] * len(best_cost)
     if limit is None:
         return best_step, best_cost, [True] * len(best_cost)
     for steps in itertools.count(1):
         smaller = shrink(candidate, steps)
-        if smaller is None or max(best_cost) <= limit:
+        above = [head for head, cost in enumerate(best_cost) if cost > limit]
+        if smaller is None or not above:
             break
-        for head, cost in enumerate(measured_cost(smaller, q, k)):
-            if best_cost[head] > limit and cost < best_cost[head]:
-                best_cost[head], best_step[head] = cost, steps
+        costs = meter(smaller, above)
+        for head in above:
+            if costs[head] < best_cost[head]:
+                best_cost[head], best_step[head] = costs[head], steps
     return best_step, best_cost, [cost <= limit for cost in best_cost]
 
 
