@@ -10,9 +10,9 @@ import math
 import pytest
 import torch
 from helpers import Case, Place
+from length_cases import BATCHES, Batch, every_batch, padded
 from test_adaptive import check_share, masses_of
 from test_adaptive_blocks import SCORES, check_best, score_slack
-from test_lengths import BATCHES, Batch, every_batch, padded
 from torch import Tensor
 
 import sparseattn
