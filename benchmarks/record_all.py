@@ -1,13 +1,15 @@
 """Makes the records of docs/results.md anew on a machine with GPUs, and packs them.
 
     python benchmarks/record_all.py --output records --commit ID
-    python benchmarks/record_all.py --output records --only tests prefill-bars eval --devices 0 1
+    python benchmarks/record_all.py --output records --only tests eval-needle --devices 0 1
 
 Builds nothing: the installed package is what is measured. Each device takes the next record that
 is left, in the order of ``--list``; records on one machine share its CPU and host memory, so
 timings that depend on those want one device. A record that fails, or takes longer than
 ``--timeout``, does not stop the others. What each prints is in NAME.log; ``records.json`` says how
 each ended, and with ``--pack FILE`` all of it goes into one archive, anew after every record.
+racecheck wants a build of its own (``gpu_record.py`` says why): it runs with
+``--racecheck-package FOLDER`` only.
 Put files that are to stay into results/, then run ``results_page.py --write`` and
 ``readme_table.py --write``.
 """
@@ -18,6 +20,7 @@ import argparse
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tarfile
@@ -92,18 +95,30 @@ class Outcome:
     exit_status: int | None  # null: it ran out of time
 
 
-def run(record: Record, device: str, out: Path, commit: str, timeout: float) -> Outcome:
-    places = {"out": str(out), "commit": commit}
-    command = [sys.executable, *(part.format(**places) for part in record.command)]
+def command_of(record: Record, arguments: argparse.Namespace) -> list[str]:
+    places = {"out": str(arguments.output), "commit": arguments.commit}
+    command = [part.format(**places) for part in record.command]
+    if record.name == "tests":
+        package = arguments.racecheck_package
+        command += ["--racecheck-package", package] if package else ["--sanitizer", "memcheck"]
+    return command
+
+
+def run(record: Record, device: str, arguments: argparse.Namespace) -> Outcome:
     environment = {**os.environ, **dict(record.environment), "CUDA_VISIBLE_DEVICES": device}
+    command = [sys.executable, *command_of(record, arguments)]
     start = time.monotonic()
-    with open(out / f"{record.name}.log", "w", encoding="utf-8") as log:
+    with open(arguments.output / f"{record.name}.log", "w", encoding="utf-8") as log:
+        # A session of its own: what it started ends with it, and leaves the device to the next.
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
         try:
-            status: int | None = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=log, timeout=timeout
-            ).returncode
+            status: int | None = process.wait(arguments.timeout)
         except subprocess.TimeoutExpired:
             status = None
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     return Outcome(record.name, device, round(time.monotonic() - start, 1), status)
 
 
@@ -128,7 +143,7 @@ def run_all(chosen: Sequence[Record], arguments: argparse.Namespace) -> list[Out
                 record = left.get_nowait()
             except queue.Empty:
                 return
-            found = run(record, device, arguments.output, arguments.commit, arguments.timeout)
+            found = run(record, device, arguments)
             with lock:
                 done.append(found)
                 text = json.dumps([asdict(one) for one in done], indent=2) + "\n"
@@ -155,6 +170,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--devices", nargs="+", default=["0"], help="numbers (default: 0)")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds, of each")
     parser.add_argument("--pack", type=Path, metavar="FILE", help="a .tar.gz of the folder")
+    parser.add_argument("--racecheck-package", metavar="FOLDER", help="for the record of the tests")
     parser.add_argument("--list", action="store_true", help="print the commands and stop")
     arguments = parser.parse_args(argv)
     arguments.output = arguments.output.resolve()
@@ -168,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.list:
         for record in chosen:
             before = " ".join(f"{name}={value} " for name, value in record.environment)
-            print(f"{record.name}: {before}python {' '.join(record.command)}")
+            print(f"{record.name}: {before}python {' '.join(command_of(record, arguments))}")
         return 0
     arguments.output.mkdir(parents=True, exist_ok=True)
     done = run_all(chosen, arguments)

@@ -49,10 +49,10 @@ def test_only_some(module, tmp_path):
 def test_every_command_is_understood(script, tmp_path):
     """Options that a benchmark does not have, or no longer, are found here and not in an hour."""
     module = script("record_all")
-    places = {"out": str(tmp_path), "commit": "abc"}
+    arguments = module.parse_arguments(["--output", str(tmp_path), "--commit", "abc"])
 
     def refusal(record):
-        command = [sys.executable, *(part.format(**places) for part in record.command)]
+        command = [sys.executable, *module.command_of(record, arguments)]
         return subprocess.run(
             [*command, "--no-such-option"],
             cwd=module.ROOT,
@@ -65,3 +65,16 @@ def test_every_command_is_understood(script, tmp_path):
         for record, run in zip(module.RECORDS, pool.map(refusal, module.RECORDS), strict=True):
             assert run.returncode == 2, (record.name, run.stderr)
             assert "unrecognized arguments: --no-such-option" in run.stderr, record.name
+
+
+def test_racecheck_runs_with_its_own_build_only(script, tmp_path):
+    module = script("record_all")
+    (tests,) = (record for record in module.RECORDS if record.name == "tests")
+    for given, wanted in (
+        ([], ["--sanitizer", "memcheck"]),
+        (
+            ["--racecheck-package", "build/race"],
+            ["--racecheck-package", "build/race"],
+        ),
+    ):
+        assert module.command_of(tests, module.parse_arguments(given))[-2:] == wanted

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
 from typing import Any
 
 
@@ -12,11 +11,6 @@ def with_cache(model: Any, cache: Any) -> dict[str, Any]:
 
     ``cache``, or in transformers before 5.24 ``past_key_values``, of which later ones warn.
     """
-    return {_cache_name(type(model)): cache}
-
-
-@lru_cache(maxsize=64)
-def _cache_name(kind: type) -> str:
-    forward = getattr(kind, "forward", None)
+    forward = getattr(model, "forward", None)
     names = {} if forward is None else inspect.signature(forward).parameters
-    return "cache" if "cache" in names else "past_key_values"
+    return {"cache" if "cache" in names else "past_key_values": cache}
